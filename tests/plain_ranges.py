@@ -1,4 +1,4 @@
-"""cuDNN's kernels for ranges of an axis in plain JAX, for machines without a GPU; what is off the ranges is NaN."""
+"""cuDNN's kernels for packed sequences in plain JAX, for machines without a GPU; what is off the ranges is NaN."""
 
 import jax
 import jax.numpy as jnp

@@ -87,7 +87,7 @@ def outputs(cfg, weights, data: Batch, dtype: str) -> dict[str, np.ndarray]:
 
 
 class Packed(NamedTuple):
-    """The completions of a Batch on packed axes, with as many contexts on each shard of the batch."""
+    """The completions of a Batch in packed sequences, with as many contexts on each shard of the batch."""
 
     batch: Any  # learning.packing.TrainBatch
     weight: np.ndarray  # [S, F] float32, of each log-prob

@@ -67,7 +67,7 @@ def loss(objective: ResolvedObjective, tokens: "TokenValues") -> "LossSums":
 
 
 class TokenValues(NamedTuple):
-    """What the loss reads of each token of S packed axes, on which the tokens of many completions stand."""
+    """What the loss reads of each token of S packed sequences, in which the tokens of many completions stand."""
 
     logprob: jax.Array  # [S, F] float32, log pi
     old: jax.Array  # [S, F] float32, log pi_old
@@ -75,7 +75,7 @@ class TokenValues(NamedTuple):
     advantage: jax.Array  # [S, F] float32, of the token's completion
     weight: jax.Array  # [S, F] float32 from `row_weights`, 0 off the completions; such tokens contribute nothing
     mask: jax.Array  # [S, F] bool, the tokens of completions
-    row: jax.Array  # [S, F] int32, a number of the token's completion on its axis, at most 2 F
+    row: jax.Array  # [S, F] int32, a number of the token's completion in its packed sequence, at most 2 F
     correction: jax.Array | None = None  # [S, F] float32, importance weights against the sampler; None = 1
     entropy: jax.Array | None = None  # [S, F] float32, in nats, with its gradient; None where entropy_coef = 0
     entropy_weight: jax.Array | None = None  # [S, F] float32 from `entropy_weights`

@@ -58,12 +58,12 @@ def _token_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) -> 
 def _sequence_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) -> jax.Array:
     """Returns the mean over the tokens of a row, the same at each of them (2507.18071)."""
 
-    def of_axis(difference, mask, row):
-        rows = 2 * row.shape[0] + 1  # no axis has more segments, because only prefixes may be empty; 0 is padding
+    def of_sequence(difference, mask, row):
+        rows = 2 * row.shape[0] + 1  # no sequence has more segments, because only prefixes may be empty; 0 is padding
         total = jax.ops.segment_sum(jnp.where(mask, difference, 0.0), row, rows)
         return (total / jnp.maximum(jax.ops.segment_sum(mask.astype(jnp.float32), row, rows), 1))[row]
 
-    return jax.vmap(of_axis)(difference, mask, row)
+    return jax.vmap(of_sequence)(difference, mask, row)
 
 
 def _sequence_token_log_ratio(difference: jax.Array, mask: jax.Array, row: jax.Array) -> jax.Array:

@@ -3,8 +3,8 @@
 1. A unit is a context with completions of its group: all of them, or an equal part where there would be fewer
    units than shards of the batch or minibatches.
 2. Token weights are computed on all rows of an optimizer step, so that micro-batches are plain addition.
-3. On each shard a micro-batch is an axis of tokens: the completions of its units one after another, then their
-   contexts, each once. `micro_shapes` says how few lengths of this axis there are.
+3. A micro-batch is one packed sequence per shard: the completions of its units one after another, then their contexts,
+   each once. `micro_shapes` says how few lengths of it there are.
 4. The micro-batches are the first choice of `micro_shapes` that holds all units. Units are placed from the longest to
    the shortest, each where the most space is left, so that shards have equal work. If some find no place, all are
    placed again where the least space is left (best fit).
@@ -85,7 +85,7 @@ class TrainBatch(NamedTuple):
 
 
 class Space(NamedTuple):
-    """The space that a family needs on an axis, or that an axis has left; chunks and segments are 0 if not limited."""
+    """The space that a family needs, or that a packed sequence has left; chunks and segments are 0 if not limited."""
 
     tokens: int
     chunks: int
@@ -104,7 +104,7 @@ class Space(NamedTuple):
 class MicroBatch:
     """The pieces that are placed on each shard of a micro-batch."""
 
-    size: int  # F, tokens of the axis of a shard
+    size: int  # F, tokens of the packed sequence of a shard
     shards: list[list[Piece]]  # S
 
     @property
@@ -182,11 +182,11 @@ class Packer:
         choices = self.shapes.choices(sum(needed.tokens for needed in needs))
         # choices never ends, but this loop does: at the latest when there is a full micro-batch for each piece.
         for sizes in choices:
-            axes = [size for size in sizes for _ in range(self.shapes.shards)]
-            places = self._places(needs, axes, max) or self._places(needs, axes, min)
+            packed = [size for size in sizes for _ in range(self.shapes.shards)]
+            places = self._places(needs, packed, max) or self._places(needs, packed, min)
             if places:
                 break
-        bins: list[list[Piece]] = [[] for _ in axes]
+        bins: list[list[Piece]] = [[] for _ in packed]
         for piece, place in zip(pieces, places, strict=True):
             bins[place].append(piece)
         by_batch = (bins[i : i + self.shapes.shards] for i in range(0, len(bins), self.shapes.shards))
@@ -206,7 +206,7 @@ class Packer:
         return MicroBatch(self.shapes.largest, [pieces, *([] for _ in range(self.shapes.shards - 1))])
 
     def _pieces(self, units: Sequence[Unit]) -> Iterator[Piece]:
-        """Yields the units, cut where one has more tokens than the longest axis."""
+        """Yields the units, cut where one has more tokens than the longest packed sequence."""
         for unit in units:
             start = 0
             for stop in range(1, len(unit.completions) + 1):
@@ -219,17 +219,17 @@ class Packer:
         return self._needs(family).fits(self._space(self.shapes.largest))
 
     def _needs(self, family: Family) -> Space:
-        """Returns what a family takes of an axis."""
+        """Returns what a family takes of a packed sequence."""
         chunks = segments.chunk_count(family, self._chunk) if self._chunk else 0
         return Space(family.tokens, chunks, 1 + len(family.completions) if self._width else 0)
 
     def _space(self, size: int) -> Space:
-        """Returns what an axis of `size` tokens has."""
+        """Returns what a packed sequence of `size` tokens has."""
         chunks = segments.most_chunks(size, self._chunk) if self._chunk else 0
         return Space(size, chunks, segments.most_segments(size, self._width) if self._width else 0)
 
     def _places(self, needs: Sequence[Space], sizes: Sequence[int], choose: Callable) -> list[int] | None:
-        """Returns on which of the axes of these `sizes` each piece lies; None if a piece finds no place.
+        """Returns in which of the packed sequences of these `sizes` each piece lies; None if a piece finds no place.
 
         Args:
             needs: what each piece takes.

@@ -1,7 +1,7 @@
 """Flash attention in plain JAX (Dao et al., arXiv 2205.14135), by blocks of queries and keys, forward and backward.
 
-Pairs of blocks in which no query reads a key are left out, so the work is that of real tokens and not of the axis that
-they stand on. Loops over pairs have trip counts that are known when they run; that is why the gradient is written by
+Pairs of blocks in which no query reads a key are left out, so the work is that of real tokens and not of the whole
+packed sequence. Loops over pairs have trip counts that are known when they run; that is why the gradient is written by
 hand.
 
 Legend: F queries, E keys, N heads, K kv heads, G heads per kv head (N = K * G), H head dim, I blocks of queries,

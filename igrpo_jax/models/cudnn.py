@@ -1,9 +1,9 @@
-"""The kernels of cuDNN that `jax.nn.dot_product_attention` does not reach: for pages, and for ranges of an axis.
+"""The kernels of cuDNN that `jax.nn.dot_product_attention` does not reach: for pages, and for packed sequences.
 
 JAX binds them for its own functions, under names that are not public. A change of these names or of their arguments
 shows here alone.
 
-Legend: F tokens of an axis, M ranges, N heads, K kv heads, H head dim, W rows, R pages of a row, P pages of C
+Legend: F tokens of a packed sequence, M ranges, N heads, K kv heads, H head dim, W rows, R pages of a row, P pages of C
 positions.
 """
 
@@ -62,7 +62,7 @@ def read_ranges(
     Args:
         q: [1, F, N, H] bfloat16.
         k, v: [1, F, K, H].
-        queries, keys: of one axis, [1, M + 1] and [1, M].
+        queries, keys: of one packed sequence, [1, M + 1] and [1, M].
         mask: PADDING, or PADDING_CAUSAL where both ranges are the same and a token reads up to itself.
 
     Returns:

@@ -80,7 +80,7 @@ def _run_sublayers(blocks, x, places, entries, segments, remat) -> tuple[jax.Arr
         x: [B, T, D].
         places: the positions with their angles.
         entries: entries of the cache, one for each sublayer, or None if it reads none.
-        segments: which all sublayers share where the rows are packed axes, or None.
+        segments: which all sublayers share where the rows are packed sequences, or None.
         remat: as for `apply`.
     """
     # `apply` has just merged these blocks, and they are split again here: `jax.lax.scan` and `jax.checkpoint` take the
@@ -215,8 +215,8 @@ def apply(
         tokens, positions: [B, T] int32. Without `cache`, position t of a row is t: rows start at their first token.
             Positions may come with their angles.
         cache: an entry for each sublayer: for attention a Windowed (T = 1) or a Paged, for Mamba-2 the states of the
-            rows (T = 1) or Lanes. With Segments instead, the rows are packed axes. With neither, rows begin with their
-            first token.
+            rows (T = 1) or Lanes. With Segments instead, the rows are packed sequences. With neither, rows begin with
+            their first token.
         remat: what the backward pass recomputes in each sublayer: all ("full"), all but products with weights ("dots"),
             or nothing ("none").
 

@@ -1,12 +1,12 @@
-"""A scan over sequences that lie one after another on an axis, each of which continues the state in its lane.
+"""A scan over sequences that are packed one after another, each of which continues the state in its lane.
 
-The sampler reads prompts in this way: a prompt that does not fit on the axis continues in a later call, from the state
+The sampler reads prompts in this way: a prompt that does not fit in one call continues in a later one, from the state
 that its lane holds. Sequences are cut into chunks on the device, and the chunks run one after another.
 
 Each turn of the loop first writes to the lanes and then reads what the next turn needs: with reads before, XLA would
 copy all lanes in every turn.
 
-Legend: F tokens of the axis, W sequences, L lanes, N chunks of C tokens.
+Legend: F tokens of the packed sequence, W sequences, L lanes, N chunks of C tokens.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Body = Callable[[Tree, Tree, jax.Array], tuple[Tree, jax.Array]]
 
 
 class Lanes(NamedTuple):
-    """The states of sequences that are being read, one lane each, and the sequences on the axis."""
+    """The states of sequences that are being read, one lane each, and the sequences that are packed."""
 
     states: Tree  # [L, ...], the state after the last token that was read of the sequence in each lane
     lane: jax.Array  # [W] int32, the lane of each sequence; no two sequences have the same one
@@ -41,7 +41,7 @@ class _Chunks(NamedTuple):
 def lane_scan(body: Body, inputs: Tree, lanes: Lanes, chunk: int) -> tuple[Tree, jax.Array]:
     """Runs `body` on every sequence, chunk by chunk.
 
-    A sequence that has tokens before those on the axis continues the state in its lane. Any other begins with zeros.
+    A sequence that has tokens before the packed ones continues the state in its lane. Any other begins with zeros.
 
     Args:
         body: takes the state before a chunk ([1, ...]), the inputs of its tokens ([C, ...], with zeros past the last
@@ -77,14 +77,14 @@ def lane_scan(body: Body, inputs: Tree, lanes: Lanes, chunk: int) -> tuple[Tree,
 
 
 def _chunks(lane: jax.Array, ragged: Ragged, size: int, chunk: int) -> _Chunks:
-    """Cuts the sequences on an axis of `size` tokens into chunks of at most `chunk` tokens, each of one sequence."""
+    """Cuts the sequences in `size` packed tokens into chunks of at most `chunk` tokens, each of one sequence."""
     width = len(lane)
-    tokens = jnp.diff(ragged.start)  # [W], of each sequence on the axis
+    tokens = jnp.diff(ragged.start)  # [W], how many of each sequence are packed
     many = -(-tokens // chunk)
     end = jnp.cumsum(many)  # [W], the number of chunks of all sequences up to this one
     number = jnp.arange(-(-size // chunk) + width)
     sequence = jnp.minimum(jnp.searchsorted(end, number, side="right", method="compare_all"), width - 1)
-    before = (number - (end - many)[sequence]) * chunk  # tokens of the same sequence on the axis before each chunk
+    before = (number - (end - many)[sequence]) * chunk  # packed tokens of the same sequence before each chunk
     return _Chunks(
         start=ragged.start[sequence] + before,
         count=jnp.minimum(tokens[sequence] - before, chunk),

@@ -8,7 +8,7 @@ Each shard of the batch runs its own loop. The head is gathered once before the 
 chunks in float32, and summed over the shards once after the loop. Without `shard_map` the compiler would gather and sum
 in every chunk.
 
-Legend: R rows, T positions, C positions of a chunk, X = R x C, S shards of the batch, F tokens of a packed axis, D
+Legend: R rows, T positions, C positions of a chunk, X = R x C, S shards of the batch, F tokens of a packed sequence, D
 model, V vocab.
 """
 
@@ -254,7 +254,7 @@ def packed_logprobs(
     remat: str,
     entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns log-probs and entropies of the completions on packed axes. What completions share is on the axis once.
+    """Returns log-probs and entropies of the completions in packed sequences, where what they share stands once.
 
     The last token of a context is not part of its prefix. It is the first token of each completion's segment, because
     its state predicts the first token of the completion. So a segment has as many tokens as its completion.

@@ -13,12 +13,12 @@
 A padded position has dt = 0, so that the state decays by exp(0) = 1 and nothing is added. The recurrence and the state
 are float32.
 
-On a packed axis only 2 and 3 need to know which token follows which. They run chunk by chunk: each chunk is a row that
-continues the state after another chunk, the inputs of the convolution included (`tree_scan`). Prompts that are read one
-after another on an axis are computed in the same way, each from the state in its lane (`lane_scan`).
+In a packed sequence only 2 and 3 need to know which token follows which. They run chunk by chunk: each chunk is a row
+that continues the state after another chunk, the inputs of the convolution included (`tree_scan`). Prompts that are
+read one after another in a packed sequence are computed in the same way, each from the state in its lane (`lane_scan`).
 
-Legend: B batch (rows, or packed axes), T query, F tokens of a packed axis, L and S positions of a chunk, D model,
-N heads, G groups, R heads of a group (N = G R), H head dim, Z state, W tokens that the convolution sees.
+Legend: B batch (rows, or packed sequences), T query, F tokens of a packed sequence, L and S positions of a chunk, D
+model, N heads, G groups, R heads of a group (N = G R), H head dim, Z state, W tokens that the convolution sees.
 """
 
 import functools
@@ -76,8 +76,8 @@ class Mamba2(nnx.Module):
 
         Args:
             x: [B, T, D].
-            entry: the states that the rows continue; lanes, with states of type MambaState, where the only row is an
-                axis of sequences; segments where each row is a packed axis; None where rows begin with their first
+            entry: the states that the rows continue; lanes, with states of type MambaState, where the only row packs
+                their sequences; segments where each row is a packed sequence; None where rows begin with their first
                 tokens.
         """
         inputs = self._project(x)
@@ -118,7 +118,7 @@ class Mamba2(nnx.Module):
 def _packed(
     cfg: DecoderConfig, weights: dict[str, jax.Array], inputs: list[jax.Array], dt: jax.Array, chain: Chain
 ) -> jax.Array:
-    """Returns y [B, F, N, H] float32 of packed axes, on which a completion continues the state of its prefix.
+    """Returns y [B, F, N, H] float32 of packed sequences, in which a completion continues the state of its prefix.
 
     Each shard of the batch and of the heads runs its own loop over chunks, because under `shard_map` the compiler needs
     no collective to take the tokens of a chunk.
@@ -160,9 +160,9 @@ def _packed(
 def _in_lanes(
     chunk: int, weights: dict[str, jax.Array], inputs: list[jax.Array], dt: jax.Array, lanes: Lanes
 ) -> tuple[jax.Array, MambaState]:
-    """Returns y [1, F, N, H] float32 of an axis of sequences, and the states of the lanes after their last tokens.
+    """Returns y [1, F, N, H] float32 of the packed sequence, and the states of the lanes after their last tokens.
 
-    Where the batch is sharded, this runs under a `shard_map` of the caller that gives each shard its axis and lanes.
+    Where the batch is sharded, this runs under a `shard_map` of the caller, by which a shard has its tokens and lanes.
 
     Args:
         chunk: tokens that are computed at once.

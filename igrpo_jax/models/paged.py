@@ -1,4 +1,4 @@
-"""Attention to a cache of pages, for new tokens of several sequences, laid out one after another on one axis.
+"""Attention to a cache of pages, for new tokens of several sequences, packed one after another.
 
 The cache is a pool of pages, and a table says which pages hold a sequence. The new tokens are written first. Then they
 attend, in one of three ways:

@@ -1,4 +1,4 @@
-"""Sequences whose new tokens are laid out one after another on one axis, and whose positions lie in pages of a pool.
+"""Sequences whose new tokens are packed one after another, and whose positions lie in pages of a pool.
 
 Legend: F new tokens, W sequences, R pages of a sequence, P pages of the pool, C positions of a page, K kv heads, H head
 dim.
@@ -13,7 +13,7 @@ from igrpo_jax.models import cache as caches
 
 
 class Ragged(NamedTuple):
-    """Sequences whose new tokens are laid out one after another on one axis, and the pages that hold each of them.
+    """Sequences whose new tokens are packed one after another, and the pages that hold each of them.
 
     Token t of sequence w (start[w] <= t < start[w + 1], w < count) has position length[w] - start[w + 1] + t, and reads
     the positions 0 to its own of its sequence. Tokens from start[count] on are padding. Sequences may share pages that
@@ -41,7 +41,7 @@ class Places(NamedTuple):
 
 
 def places(ragged: Ragged, size: int) -> Places:
-    """Returns where the tokens of an axis of `size` tokens belong."""
+    """Returns where each of `size` packed tokens belongs."""
     token = jnp.arange(size, dtype=jnp.int32)
     ends = ragged.start[1:]
     sequence = jnp.searchsorted(ends, token, side="right", method="compare_all").astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Where each token of a packed axis belongs: prefixes and completions of many groups lie on it without padding.
+"""Where each token of a packed sequence belongs: prefixes and completions of many groups lie in it without padding.
 
 A segment is a prefix, or a completion that continues one. A token reads the tokens of its own segment up to itself, and
 all tokens of the prefix that its segment continues. What works on single tokens needs to know nothing of this. What
@@ -6,9 +6,10 @@ mixes positions does: attention reads `blocks`, which says of each pair of block
 `spans`, and Mamba-2 reads `chain`.
 
 `pack` makes these arrays on the host. The completions come before all prefixes, so that what is only wanted of
-completions, such as their log-probs, is at the start of the axis.
+completions, such as their log-probs, is at the start of the packed sequence.
 
-Legend: S shards of the batch, F tokens of the axis, I and J blocks of BLOCK tokens, N chunks of C tokens, M segments.
+Legend: S shards of the batch, F tokens of the packed sequence, I and J blocks of BLOCK tokens, N chunks of C tokens, M
+segments.
 """
 
 from collections.abc import Sequence
@@ -20,15 +21,15 @@ import numpy as np
 # Tokens of a block; F is a multiple of it. On CPU, attention by blocks of 64 takes 0.55 to 0.8 of the time of blocks of
 # 128, and about that of blocks of 32. Kernels read several blocks as one.
 BLOCK = 64
-KV_AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed axes
+KV_AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed sequences
 NOTHING, SOME, ALL = 0, 1, 2  # what a block of queries reads of a block of keys
 # cuDNN's gradient takes two float32 copies of all queries for each segment; this many bytes at most.
 SPANS_BYTES = 6 << 30
-SHORTEST = 16  # tokens: the shortest mean length of segments that the spans of a full axis have space for
+SHORTEST = 16  # tokens: the shortest mean length of segments that the spans of a full one have space for
 
 
 class Chain(NamedTuple):
-    """The order in which the tokens of an axis follow each other, for mixers whose state passes along it.
+    """The order in which the tokens of a packed sequence follow each other, for mixers whose state passes along it.
 
     Chunks hold neighbouring tokens of one segment each, those of prefixes come before those of completions, and chunks
     without tokens come at the end. The first chunk of a completion continues the last chunk of its prefix.
@@ -39,7 +40,7 @@ class Chain(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """Parts of an axis that follow one another, perhaps with gaps."""
+    """Parts of a packed sequence that follow one another, perhaps with gaps."""
 
     start: np.ndarray  # [S, M + 1] int32, the first token of each, then the end of the last one; -1 from there on
     length: np.ndarray  # [S, M] int32, tokens of each; -1 if there is none
@@ -54,7 +55,7 @@ class Spans(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """The segments of a packed axis."""
+    """The segments of a packed sequence."""
 
     segment: np.ndarray  # [S, F] int32, number of each token's segment from 1; 0 = padding
     parent: np.ndarray  # [S, F] int32, the prefix that the segment continues; that of a prefix is itself
@@ -82,17 +83,17 @@ def chunk_count(family: Family, chunk: int) -> int:
 
 
 def most_chunks(size: int, chunk: int) -> int:
-    """Returns N of an axis of `size` tokens: twice the chunks of one segment, so that many may be partly filled."""
+    """Returns N for `size` packed tokens: twice the chunks of one segment, so that many may be partly filled."""
     return 2 * -(-size // chunk)
 
 
 def most_segments(size: int, width: int) -> int:
-    """Returns M of an axis of `size` tokens with `width` query features on one device, N H."""
+    """Returns M for `size` packed tokens with `width` query features on one device, N H."""
     return max(4, min(size // SHORTEST, SPANS_BYTES // (8 * size * width)))
 
 
 def pack(shards: Sequence[Sequence[Family]], size: int, chunk: int | None = None, most: int | None = None) -> Segments:
-    """Returns the segments of axes of `size` tokens that hold the given families, in their order.
+    """Returns the segments of packed sequences of `size` tokens that hold the given families, in their order.
 
     Args:
         shards: the families of each shard. Together they have at most `size` tokens, and at most `most_chunks` chunks
@@ -106,7 +107,7 @@ def pack(shards: Sequence[Sequence[Family]], size: int, chunk: int | None = None
 
 
 def starts(families: Sequence[Family]) -> list[tuple[int, list[int]]]:
-    """Returns where the prefix and the completions of each family begin on the axis that `pack` gives them."""
+    """Returns where the prefix and the completions of each family begin in the sequence that `pack` packs."""
     at, of_completions = 0, []
     for family in families:
         ends = np.cumsum([at, *family.completions]).tolist()
@@ -151,7 +152,7 @@ def _spans(families: Sequence[Family], most: int) -> Spans:
 
 
 def _ranges(parts: Sequence[tuple[int, int]], most: int) -> Ranges:
-    """Returns parts of an axis, each with its start and its tokens, as Ranges of one shard."""
+    """Returns parts of a packed sequence, each with its start and its tokens, as Ranges of one shard."""
     start, length = np.full(most + 1, -1, np.int32), np.full(most, -1, np.int32)
     for i, part in enumerate(parts):
         start[i], length[i] = part

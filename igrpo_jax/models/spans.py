@@ -4,7 +4,7 @@ No kernel of cuDNN takes the two ranges that a completion reads, its prefix and 
 softmax of its own, and both are merged by their log-sum-exps. The gradient is written by hand: the kernel for it takes
 the merged log-sum-exp and output instead of its own, which makes the gradients of both parts exact.
 
-Legend: F tokens of the axis of one shard, M ranges, N heads, K kv heads, H head dim.
+Legend: F tokens of the packed sequence of one shard, M ranges, N heads, K kv heads, H head dim.
 """
 
 import functools

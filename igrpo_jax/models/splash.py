@@ -1,15 +1,16 @@
-"""Splash attention of a packed axis: the TPU's flash kernel in Pallas.
+"""Splash attention of a packed sequence: the TPU's flash kernel in Pallas.
 
-The compiler cannot split a kernel over devices, so it runs under `shard_map`, where each device has its own axes and
-heads. Queries and keys are padded to whole blocks.
+The compiler cannot split a kernel over devices, so it runs under `shard_map`, where each device has its own packed
+sequences and heads. Queries and keys are padded to whole blocks.
 
-On a packed axis a completion reads two intervals of keys: its own and that of its prefix. The kernel computes a mask
-from one number of each query, and compares another number of each query with one of each key. So the keys are
-[axis | axis]: a query reads tokens of its own segment from the first copy, where its number holds the two ends of an
-interval, and tokens of its prefix from the second copy, where the compared numbers alone decide. The kernel could read
-masks of single blocks from memory instead, 4 bytes for each pair of tokens and again for each head.
+In a packed sequence a completion reads two intervals of keys: its own and that of its prefix. The kernel computes a
+mask from one number of each query, and compares another number of each query with one of each key. So the keys are
+[packed | packed]: a query reads tokens of its own segment from the first copy, where its number holds the two ends of
+an interval, and tokens of its prefix from the second copy, where the compared numbers alone decide. The kernel could
+read masks of single blocks from memory instead, 4 bytes for each pair of tokens and again for each head.
 
-Legend: S shards of the batch, F tokens of the axis, N heads, K kv heads, H head dim, M pieces of the second copy.
+Legend: S shards of the batch, F tokens of the packed sequence, N heads, K kv heads, H head dim, M pieces of the second
+copy.
 """
 
 import functools
@@ -26,7 +27,7 @@ from igrpo_jax.models.segments import KV_AXES, Segments
 
 LANES = 128  # lanes of a TPU's vector registers; the kernel works on multiples of it
 BLOCKS = (512, 384, 256)  # sizes of the blocks of longer sequences; smaller blocks leave the matrix unit idle
-INDEX_BITS = 16  # bits of the index of a token on a packed axis: two such indices fit the number of a query
+INDEX_BITS = 16  # bits of the index of a token in a packed sequence: two such indices fit the number of a query
 UNREAD = jnp.iinfo(jnp.int32).min  # id of the keys that no query reads
 
 
@@ -56,7 +57,7 @@ def _block_sizes(block_q: int, block_kv: int) -> library.BlockSizes:
 def packed_splash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, interpret: bool = False
 ) -> jax.Array:
-    """Computes the attention of a packed axis with the TPU's kernel: what `segments.readable` allows is read.
+    """Computes the attention of a packed sequence with the TPU's kernel: what `segments.readable` allows is read.
 
     On a mesh, `data` times `fsdp` must divide S, and `tensor` must divide the kv heads. The tokens of a segment stand
     in their order, one after another, and completions before all prefixes. Blocks without anything to read are skipped.
@@ -77,34 +78,34 @@ def packed_splash_attention(
     size, longest = q.shape[1], 2**INDEX_BITS
     if size > longest:
         raise InputError(
-            f"config.learner.tokens_per_microbatch: an axis of {size:,} tokens is more than attention = splash "
-            f"supports; set it to at most {longest:,}, or config.learner.attention to chunked"
+            f"config.learner.tokens_per_microbatch: a packed sequence of {size:,} tokens is more than attention = "
+            f"splash supports; set it to at most {longest:,}, or config.learner.attention to chunked"
         )
     run = functools.partial(_packed_on_one_device, interpret=interpret)
     arguments = (q, k, v, *(jnp.asarray(x) for x in (segments.segment, segments.parent, segments.blocks)))
     if jax.sharding.get_abstract_mesh().empty:
         return run(*arguments)
     rows, keys = spec(("batch", "time", "heads", "head_dim")), spec(KV_AXES)
-    axis, blocks = spec(("batch", "time")), spec(("batch", None, None))
-    specs = (rows, keys, keys, axis, axis, blocks)
+    tokens, blocks = spec(("batch", "time")), spec(("batch", None, None))
+    specs = (rows, keys, keys, tokens, tokens, blocks)
     return jax.shard_map(run, in_specs=specs, out_specs=rows, check_vma=False)(*arguments)
 
 
 def _packed_on_one_device(q, k, v, segment, parent, blocks, interpret):
-    """Runs the kernel on the axes and heads of one device; arguments and result as of `packed_splash_attention`."""
+    """Runs the kernel on the sequences and heads of one device; arguments and result as `packed_splash_attention`."""
     size, _, head_dim = q.shape[1:]
     padded, block = _padded(size)
     pad = lambda x, axis: jnp.pad(x, [(0, (padded - size) * (i == axis)) for i in range(x.ndim)])
     q = pad(q.swapaxes(1, 2) * head_dim**-0.5, 2)
-    axes = q, pad(k, 2), pad(v, 2), pad(segment, 1), pad(parent, 1), blocks
-    # Each device mostly has one axis. Several in one batch would take both branches of the condition.
+    packed = q, pad(k, 2), pad(v, 2), pad(segment, 1), pad(parent, 1), blocks
+    # Each device mostly has one packed sequence. Several in one batch would take both branches of the condition.
     run = functools.partial(_packed_attention, block=block, interpret=interpret)
-    mixed = jax.lax.map(lambda axis: run(*axis), axes)
+    mixed = jax.lax.map(lambda sequence: run(*sequence), packed)
     return mixed[:, :, :size].swapaxes(1, 2)
 
 
 def _packed_attention(q, k, v, segment, parent, blocks, block, interpret):
-    """Runs the kernel on one axis of whole blocks: q is [N, F, H] and scaled, k and v are [K, F, H]."""
+    """Runs the kernel on one packed sequence of whole blocks: q is [N, F, H] and scaled, k and v are [K, F, H]."""
     needed = visits.visits(segment, parent, blocks, block)
     short, full = visits.lengths(len(needed.own))
     run = functools.partial(_packed_kernel, interpret=interpret)
@@ -177,7 +178,7 @@ def _intervals(segment: jax.Array) -> jax.Array:
 
 @functools.cache
 def _reads(size: int):
-    """Returns the kernel's mask function for an axis of `size` tokens; equal sizes get the same function."""
+    """Returns the kernel's mask function for a packed sequence of `size` tokens; equal sizes get the same function."""
 
     def reads(interval: jax.Array, key: jax.Array) -> jax.Array:
         start = jax.lax.shift_right_logical(interval, INDEX_BITS)

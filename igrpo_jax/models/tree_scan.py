@@ -1,4 +1,4 @@
-"""A scan over the chunks of a packed axis, each of which continues the state of another: a tree instead of a row.
+"""A scan over the chunks of a packed sequence, each of which continues the state of another: a tree instead of a row.
 
 All completions of a prefix continue its last chunk, which is computed once. Autodiff would save a buffer of states at
 every chunk, so the backward pass is written by hand. It computes each chunk again, so that what a chunk needs besides
@@ -10,7 +10,7 @@ and leaves in each place the sum of the gradients of the states that come into t
 first sibling, whose state the others still need, is overwritten last. Each turn of a loop first writes to the buffer
 and then reads what the next turn needs: with reads before, XLA would copy the buffer in every turn.
 
-Legend: S shards of the batch, F tokens of the axis, N chunks of C tokens.
+Legend: S shards of the batch, F tokens of the packed sequence, N chunks of C tokens.
 """
 
 import functools
@@ -27,7 +27,7 @@ Body = Callable[[Tree, Tree, Tree, jax.Array], tuple[Tree, jax.Array]]
 
 
 class Links(NamedTuple):
-    """Where the chunks of one axis lie, and which chunks continue which."""
+    """Where the chunks of one packed sequence lie, and which chunks continue which."""
 
     start: jax.Array  # [N] int32, the first token of each chunk
     count: jax.Array  # [N] int32, its tokens, which are neighbours; 0 = none
@@ -37,7 +37,7 @@ class Links(NamedTuple):
 
 
 def tree_scan(body: Body, weights: Tree, empty: Tree, inputs: Tree, chain: Chain) -> jax.Array:
-    """Runs `body` on every chunk of a packed axis, and returns its result for each token, [S, F, ...].
+    """Runs `body` on every chunk of a packed sequence, and returns its result for each token, [S, F, ...].
 
     Args:
         body: takes the weights, the state before a chunk, the inputs of its tokens ([C, ...], with zeros past the last
@@ -45,7 +45,7 @@ def tree_scan(body: Body, weights: Tree, empty: Tree, inputs: Tree, chain: Chain
         weights: what all chunks share.
         empty: the state before the first token of a prefix, zeros.
         inputs: [S, F, ...] of every token.
-        chain: the chunks. The tokens of a chunk are neighbours on the axis, and no chunk continues a later one.
+        chain: the chunks. The tokens of a chunk are neighbours in the sequence, and no chunk continues a later one.
 
     Returns:
         The results; zeros at tokens of no chunk. No gradient passes to `empty`, nor to inputs of such tokens.
@@ -171,7 +171,7 @@ def put_tokens(results: jax.Array, new: jax.Array, start: jax.Array, count: jax.
 
 
 def _window(start: jax.Array, chunk: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns where C tokens begin that lie on the axis and include a chunk, and how many come before the chunk."""
+    """Returns where C tokens begin that lie in the sequence and include a chunk, and how many come before the chunk."""
     begin = jnp.minimum(start, size - chunk)
     return begin, start - begin
 

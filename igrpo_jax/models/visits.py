@@ -1,15 +1,15 @@
-"""Which blocks of keys a flash kernel on a packed axis visits, as arrays on the device, because each batch has others.
+"""Which blocks of keys a flash kernel visits in a packed sequence, as device arrays, because each batch has others.
 
-The kernel reads the keys of the axis twice: each query reads its own segment from the first copy of the axis, and its
-prefix from the second one (`splash` says why). The kernel's loops have a fixed length, and a turn that visits nothing
-still runs 300 to 500 instructions, where one that visits a block runs 1,700 to 2,800 (compiled for v5p, blocks of 512
-tokens). So there are two sets of lengths. The shorter one is enough for most axes, and has a fifth to two fifths of the
-turns.
+The kernel reads the keys of the packed sequence twice: each query reads its own segment from the first copy of them,
+and its prefix from the second one (`splash` says why). The kernel's loops have a fixed length, and a turn that visits
+nothing still runs 300 to 500 instructions, where one that visits a block runs 1,700 to 2,800 (compiled for v5p, blocks
+of 512 tokens). So there are two sets of lengths. The shorter one is enough for most packed sequences, and has a fifth
+to two fifths of the turns.
 
 The second copy is made of pieces. A block of it that many blocks of queries visit, because completions share prefixes,
 is repeated, each time for some of them. The lists of the gradients of keys are short by that.
 
-Legend: F tokens of the axis, I blocks of queries, J blocks of keys, M pieces, V visits.
+Legend: F tokens of the packed sequence, I blocks of queries, J blocks of keys, M pieces, V visits.
 """
 
 from typing import NamedTuple
@@ -29,12 +29,12 @@ class Lengths(NamedTuple):
 
 
 def lengths(count: int) -> tuple[Lengths, Lengths]:
-    """Returns the short and the full lengths for an axis of `count` blocks.
+    """Returns the short and the full lengths for a packed sequence of `count` blocks.
 
-    The full ones are enough for every axis on which completions stand before prefixes: of a block of queries each block
-    of keys is visited in one copy, except the one in which the completions end and the prefixes begin.
+    The full ones are enough wherever completions stand before prefixes: of a block of queries each block of keys is
+    visited in one copy, except the one in which the completions end and the prefixes begin.
     """
-    few = max(count // 4, 12)  # of 512 tokens: a context of 6,144, or of a quarter of the axis
+    few = max(count // 4, 12)  # of 512 tokens: a context of 6,144, or of a quarter of the packed sequence
     full = Lengths(count, count + 1, count)
     return (Lengths(count // 2, few, few) if count >= 2 * few else full), full
 
@@ -47,7 +47,7 @@ class Visits(NamedTuple):
 
 
 def visits(segment: jax.Array, parent: jax.Array, blocks: jax.Array, block: int) -> Visits:
-    """Returns the visits that an axis needs.
+    """Returns the visits that a packed sequence needs.
 
     Args:
         segment, parent: [F] int32, of `segments.Segments`, padded to whole blocks of `block` tokens.

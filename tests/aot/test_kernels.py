@@ -1,4 +1,4 @@
-"""The attention of a packed axis of real size, compiled for TPUs by their own compiler; no chip is needed."""
+"""The attention of a packed sequence of real size, compiled for TPUs by their own compiler; no chip is needed."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 @pytest.mark.proof
 @pytest.mark.slow(seconds=30)
-def test_attention_of_a_packed_axis_compiles():
+def test_attention_of_a_packed_sequence_compiles():
     """Of the heads of Qwen2-7B, with short and with full loops, in memory that grows with the tokens alone."""
     size, heads, kv_heads, head_dim = 16384, 28, 4, 128
     devices = aot.topology("v5p:2x2x2")

@@ -319,7 +319,7 @@ def test_micro_batches_add_up(build, tiny, base):
 
 @pytest.mark.slow
 def test_padding_of_any_kind_changes_nothing(build, tiny, base):
-    """A longer axis, and garbage wherever no token stands."""
+    """A longer packed sequence, and garbage wherever no token stands."""
     learner, _ = build()
     padded = one_batch(learner.packer, weighted_units(learner), WHOLE + 128)
     padding, off = padded.segments.segment == 0, ~padded.mask
@@ -450,7 +450,7 @@ def test_only_weights_are_gathered(tiny, remat):
         weights.add(tuple(sorted(x for x in local if x != 1)))
     sums = {(2, 42)} if jax.default_backend() == "cpu" else set()
     assert gathered(text) - sums and gathered(text) <= weights | sums
-    # Each device has the logits of its own axis and words only, of a chunk unless all are kept, and keys of its own
+    # Each device has the logits of its own tokens and words only, of a chunk unless all are kept, and keys of its own
     # heads.
     logits = re.findall(r"f32\[((?:\d+,)+)56\]|f32\[56,((?:\d+,)*\d+)\]", text)
     positions = {np.prod([int(n) for n in (first or last).split(",") if n]) for first, last in logits}

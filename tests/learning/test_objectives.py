@@ -49,8 +49,8 @@ def token_weights(r, mask, finished):
     return objectives.row_weights(r, mask.sum(axis=1), finished, L_MAX)[:, None] * mask
 
 
-def on_axes(logprob, old, reference, advantage, weight, mask, correction=None, entropy=None, entropy_weight=None):
-    """Rows [R, T] as R axes with one completion each. Advantages and weights of entropies are those of rows, [R]."""
+def in_sequences(logprob, old, reference, advantage, weight, mask, correction=None, entropy=None, entropy_weight=None):
+    """Rows [R, T] as R packed sequences of one completion each. Advantages, weights of entropies: of rows, [R]."""
     per_token = lambda x: None if x is None else jnp.broadcast_to(jnp.asarray(x)[:, None], mask.shape)
     row = jnp.asarray(mask, jnp.int32)
     rest = correction, entropy, per_token(entropy_weight)
@@ -65,7 +65,7 @@ def evaluate(r, width=3, garbage=0.0, reference=None, finished=(True, True)):
         reference = logprob + np.pad(np.log(reference), ((0, 0), (0, width - 3)))
 
     def loss(logprob):
-        record = objective_loss(r, on_axes(logprob, old, reference, ADVANTAGE, weight, mask))
+        record = objective_loss(r, in_sequences(logprob, old, reference, ADVANTAGE, weight, mask))
         return record.loss, record
 
     (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logprob))
@@ -129,7 +129,7 @@ def test_dapo_clips_the_two_sides_apart():
 
     def gradient(loss_type, advantage):
         r = resolved(loss_type)
-        call = lambda x: objective_loss(r, on_axes(x, old, None, jnp.array([advantage]), ones, ones > 0)).loss
+        call = lambda x: objective_loss(r, in_sequences(x, old, None, jnp.array([advantage]), ones, ones > 0)).loss
         return np.asarray(jax.grad(call)(logprob))[0]
 
     np.testing.assert_allclose(gradient("dapo", 1.0), [-1.25, 0, -0.85, -0.75], atol=1e-6)
@@ -164,7 +164,7 @@ def test_a_correction_weighs_the_objective_and_not_the_kl():
     correction = np.array([[2.0, 0.5, 7.0], [1.0, 1.0, 1.0]], np.float32)
 
     def loss(x):
-        return objective_loss(r, on_axes(x, old, reference, ADVANTAGE, weight, mask, correction)).loss
+        return objective_loss(r, in_sequences(x, old, reference, ADVANTAGE, weight, mask, correction)).loss
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(logprob))
     assert float(value) == pytest.approx(-((2.4 + 0.25) / 4 - 6.8 / 6) + 0.1 * (weight * K3).sum(), abs=1e-6)
@@ -184,7 +184,7 @@ def test_tokens_of_another_context_are_shaped_and_not_clipped():
     shaped = np.array([[True], [False]]) & mask
 
     def loss(logprob):
-        record = objective_loss(r, on_axes(logprob, old, None, ADVANTAGE, weight, mask)._replace(shaped=shaped))
+        record = objective_loss(r, in_sequences(logprob, old, None, ADVANTAGE, weight, mask)._replace(shaped=shaped))
         return record.loss, record
 
     (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logprob))
@@ -203,7 +203,7 @@ def test_on_policy_the_ratio_is_1_and_the_gradient_is_that_of_reinforce(loss_typ
     weight = token_weights(r, mask, np.ones(2, bool))
 
     def loss(x):
-        record = objective_loss(r, on_axes(x, jax.lax.stop_gradient(x), None, ADVANTAGE, weight, mask))
+        record = objective_loss(r, in_sequences(x, jax.lax.stop_gradient(x), None, ADVANTAGE, weight, mask))
         return record.loss, record
 
     (_, record), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.where(mask, logprob, 0.0))
@@ -219,7 +219,7 @@ def test_ratios_beyond_float32_stay_finite(loss_type):
     old = reference = logprob[::-1]
 
     def loss(x):
-        return objective_loss(r, on_axes(x, old, reference, ADVANTAGE, jnp.full((2, 2), 0.25), mask)).loss
+        return objective_loss(r, in_sequences(x, old, reference, ADVANTAGE, jnp.full((2, 2), 0.25), mask)).loss
 
     value, gradient = jax.value_and_grad(loss)(logprob)
     assert np.isfinite(float(value)) and np.isfinite(gradient).all()
@@ -233,7 +233,7 @@ def test_gspo_token_leaves_the_weights_of_tokens_with_their_tokens():
     for loss_type in ("gspo", "gspo_token"):
         r = resolved(loss_type)
         weight = token_weights(r, mask, np.ones(2, bool))
-        loss = lambda x: objective_loss(r, on_axes(x, old, None, ADVANTAGE, weight, mask, correction)).loss  # noqa: B023
+        loss = lambda x: objective_loss(r, in_sequences(x, old, None, ADVANTAGE, weight, mask, correction)).loss  # noqa: B023
         gradients[loss_type] = jax.grad(loss)(jnp.asarray(logprob))
     s = math.sqrt(0.75)
     np.testing.assert_allclose(gradients["gspo_token"], [[-s / 2, -s / 8, 0], [0, 0, 0]], atol=1e-6)
@@ -275,7 +275,7 @@ def test_the_entropy_bonus_is_a_mean_over_tokens(loss_type, cut):
     assert per_row.dtype == np.float32
 
     def loss(entropy):
-        return objective_loss(r, on_axes(logprob, old, None, ADVANTAGE, weight, mask, None, entropy, per_row)).loss
+        return objective_loss(r, in_sequences(logprob, old, None, ADVANTAGE, weight, mask, None, entropy, per_row)).loss
 
     value, gradient = jax.value_and_grad(loss)(entropy)
     plain, _ = evaluate(r, finished=finished)
@@ -290,7 +290,7 @@ def test_what_has_a_gradient_without_an_advantage():
     assert not resolved("grpo", beta=1e-4).needs_advantage and not resolved("grpo", entropy_coef=1e-4).needs_advantage
 
 
-# Many completions on one axis.
+# Many completions in one packed sequence.
 
 PACKED = [
     [Family(5, [4, 1, 7]), Family(0, [3, 2])],
@@ -394,7 +394,7 @@ PACKED_SETTINGS = {
     "settings", [pytest.param(name, marks=() if name == "all" else pytest.mark.proof) for name in PACKED_SETTINGS]
 )
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_completions_on_one_axis_are_apart(loss_type, settings):
+def test_completions_in_one_packed_sequence_are_apart(loss_type, settings):
     """Sums are those of each completion alone, and so is the gradient; a mean of GSPO over others too is off."""
     r = resolved(loss_type, **PACKED_SETTINGS[settings])
     values, places = packed_values(r)
@@ -435,8 +435,8 @@ def test_a_completion_changes_no_other_ones_ratio(loss_type):
 
 
 @pytest.mark.parametrize("loss_type", ["gspo", "gspo_token"])
-def test_an_axis_of_as_many_completions_as_there_can_be(loss_type):
-    """Each of one token, after an empty prefix: their numbers go up to twice the tokens of the axis."""
+def test_a_packed_sequence_of_as_many_completions_as_there_can_be(loss_type):
+    """Each of one token, after an empty prefix: their numbers go up to twice the tokens of the packed sequence."""
     row = pack([[Family(0, [1])] * SIZE], SIZE).segment
     assert row.max() == 2 * SIZE
     difference = np.random.default_rng(0).normal(size=(1, SIZE)).astype(np.float32)
@@ -544,7 +544,7 @@ def test_equal_to_trl(case):
 
     def rows_of(logits):
         logprob, entropy = token_logprobs(logits, jnp.eye(11), targets, 1.0, 9, entropy_gradient=True)
-        rows = on_axes(
+        rows = in_sequences(
             logprob=logprob,
             old=old,
             reference=reference if r.beta else None,

@@ -130,7 +130,7 @@ def placed(batch):
     ],
 )
 def test_micro_batches(shards, changes, chunk):
-    """Every completion once and whole, with its context on the same shard, on axes of the known sizes."""
+    """Every completion once and whole, with its context on the same shard, in packed sequences of the known sizes."""
     packer, rng = make_packer(shards, chunk, **changes), np.random.default_rng(1)
     for _ in range(20):
         groups = random_groups(rng)
@@ -201,7 +201,7 @@ def test_the_cheapest_sizes_are_chosen():
 
 
 def test_a_unit_that_is_too_long_is_cut():
-    """Of 8 completions of 60 tokens after 99, axes of 320 tokens hold three."""
+    """Of 8 completions of 60 tokens after 99, packed sequences of 320 tokens hold three."""
     packer = make_packer(learner__tokens_per_microbatch=320)
     (unit,) = packer.units([make_group(np.ones(100), [completion(i, np.ones(60)) for i in range(8)])], np.zeros((1, 8)))
     pieces = [piece for batch in packer.micro_batches([unit]) for pieces in batch.shards for piece in pieces]
@@ -209,7 +209,7 @@ def test_a_unit_that_is_too_long_is_cut():
 
 
 def test_chunks_of_a_state_space_model_are_counted():
-    """32 completions of one token fill 32 chunks of 64, and an axis of 640 tokens has 20."""
+    """32 completions of one token fill 32 chunks of 64, and a packed sequence of 640 tokens has 20."""
     packer = make_packer(chunk=64, learner__tokens_per_microbatch=640, prompts_per_step=64)
     groups = [make_group([1], [completion(i, [5]) for i in range(8)]) for _ in range(4)]
     batches = packer.micro_batches(packer.units(groups, np.zeros((4, 8), np.float32)))
@@ -220,7 +220,7 @@ def test_chunks_of_a_state_space_model_are_counted():
 
 
 def test_segments_are_counted_where_attention_reads_spans():
-    """32 completions and 4 contexts, of which an axis of 512 tokens has at most 8 where a segment takes 2**28 bytes."""
+    """32 completions and 4 contexts, of which 512 packed tokens have at most 8 where a segment takes 2**28 bytes."""
     width = segments.SPANS_BYTES // (8 * 512 * 8)
     packer = make_packer(width=width, learner__tokens_per_microbatch=512, prompts_per_step=64)
     groups = [make_group([1, 2], [completion(i, [5]) for i in range(8)]) for _ in range(4)]

@@ -25,7 +25,7 @@ def example(number, drafts=1):
 
 
 def test_the_gradient_is_that_of_the_mean_cross_entropy():
-    """Rows of 1, 3 and 2 tokens, packed on one axis: every token has -1 / 6, and a padded one 0."""
+    """Rows of 1, 3 and 2 tokens, in one packed sequence: every token has -1 / 6, and a padded one 0."""
     config = supervised.learner_config(Config(rollout=RolloutConfig(temperature=0.5)))
     algorithm = objectives.resolve(config.algorithm)
     lengths = np.array([1, 3, 2])

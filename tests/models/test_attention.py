@@ -115,7 +115,7 @@ def test_a_request_that_cannot_be_met_is_refused(platform, requested, dtype, hea
 
 
 def logits_and_grads(cfg, params):
-    """Two packed axes of completions that read prefixes; each sublayer is run again in the backward pass."""
+    """Two packed sequences of completions that read prefixes; each sublayer is run again in the backward pass."""
     segments = pack([[Family(70, [50, 1]), Family(0, [9])], [Family(20, [3, 64])]], 192)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, segments.segment.shape, np.int32)
     is_real = (segments.segment > 0)[..., None]

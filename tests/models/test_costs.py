@@ -169,7 +169,7 @@ def test_useful_work_is_that_of_programs_without_padding(name, request):
 def test_a_mesh_splits_work_and_bytes(tiny):
     one = training(tiny[0])
     eight = training(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)))
-    # The size is that of an axis, and each of 4 shards of the batch has one.
+    # The size is that of a packed sequence, and each of 4 shards of the batch has one.
     assert eight.accumulate(TOKENS, "none").flops == pytest.approx(one.accumulate(4 * TOKENS, "none").flops / 8)
     assert eight.apply(100).bytes == one.apply(400).bytes / 4  # replicas over data make the same step
     assert eight.model.decode(4, 16).flops == one.model.decode(4, 16).flops / 2

@@ -50,17 +50,17 @@ def test_cached_decode_equals_the_full_forward(params, full, pages):
     lengths, slots = np.array([1, 5, 8], np.int32), np.array([3, 0, 2])
     table = np.random.default_rng(0).permutation(24).astype(np.int32).reshape(4, 6)
     start = np.append(0, np.cumsum(lengths)).astype(np.int32)
-    axis = np.full((1, 64), 47, np.int32)  # what stands past the prompts must not matter
-    axis[0, : start[-1]] = np.concatenate([tokens[row, :length] for row, length in enumerate(lengths)])
+    packed = np.full((1, 64), 47, np.int32)  # what stands past the prompts must not matter
+    packed[0, : start[-1]] = np.concatenate([tokens[row, :length] for row, length in enumerate(lengths)])
     ragged = Ragged(lengths, table[slots], start, np.array([3], np.int32))
     places = np.concatenate([*map(np.arange, lengths), np.zeros(64 - start[-1])])[None].astype(np.int32)
 
-    def prefill(params, axis, places, ragged):
+    def prefill(params, packed, places, ragged):
         pools = caches.empty(TINY, 24, 4, 4, jnp.float32)
         entries = tuple(None if pool is None else Paged(pool, ragged) for pool in pools)
-        return decoder.apply(TINY, params, axis, places, entries)
+        return decoder.apply(TINY, params, packed, places, entries)
 
-    hidden, cache = jax.jit(prefill)(params, axis, places, ragged)
+    hidden, cache = jax.jit(prefill)(params, packed, places, ragged)
     for row, length in enumerate(lengths):
         read = hidden[0, start[row] : start[row + 1]]
         np.testing.assert_allclose(read, expected[row, :length], atol=1e-5, rtol=0)

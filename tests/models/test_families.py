@@ -62,7 +62,7 @@ def test_forward(family):
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(cfg, params, lengths):
-    """Reads prompts of these lengths, one after another on an axis of 64 tokens, into pages and lanes.
+    """Reads prompts of these lengths, one after another in a packed sequence of 64 tokens, into pages and lanes.
 
     Returns the logits after each, the pages of each, and the cache.
     """
@@ -89,7 +89,7 @@ def decode(cfg, params, token, position, cache):
 
 @pytest.mark.slow
 def test_prefill_and_decode(family):
-    """Three prompts of other lengths on one axis, and then side by side, against each alone in transformers."""
+    """Three prompts of other lengths packed, and then side by side, against each alone in transformers."""
     model, cfg, params = family
     lengths = np.array([1, 16, 23], np.int32)
     logits, table, cache = prefill(cfg, params, lengths)

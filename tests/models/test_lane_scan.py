@@ -1,4 +1,4 @@
-"""Sequences on one axis that continue the states in their lanes: sums by hand, and Mamba-2 against single tokens."""
+"""Packed sequences that continue the states in their lanes: sums by hand, and Mamba-2 against single tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,8 @@ def calls(size):
         yield Lanes(None, lane, ragged), np.arange(first, read), prompts
 
 
-def on_axis(text, tokens, size):
-    """Returns those tokens of the text [tokens, ...] on an axis of `size`, with large numbers as padding."""
+def packed(text, tokens, size):
+    """Returns those tokens of the text [tokens, ...] in a packed sequence of `size`, with large numbers as padding."""
     return np.concatenate([text[tokens], np.full((size - len(tokens), *text.shape[1:]), 99, text.dtype)])
 
 
@@ -61,13 +61,13 @@ def test_sums_along_each_sequence(size, chunk):
     totals, lengths = (np.array(x) for x in states)
     run = jax.jit(lambda inputs, lanes: lane_scan(running_sums, inputs, lanes, chunk))
     for lanes, tokens, _ in calls(size):
-        states, results = run(on_axis(text, tokens, size), lanes._replace(states=states))
+        states, results = run(packed(text, tokens, size), lanes._replace(states=states))
         assert not np.asarray(results)[len(tokens) :].any()
         for w in range(lanes.ragged.count[0]):
             new = tokens[lanes.ragged.start[w] : lanes.ragged.start[w + 1]]
             own = np.arange(new[-1] + 1 - lanes.ragged.length[w], new[-1] + 1)
             totals[lanes.lane[w]], lengths[lanes.lane[w]] = text[own].sum(axis=0), len(own)
-            # The first chunk of each call begins with the first token of the sequence on its axis.
+            # The first chunk of each call begins with the first token of the sequence in its packed sequence.
             before = len(own) - len(new) + np.arange(len(new)) // min(chunk, size) * min(chunk, size)
             wanted = np.cumsum(text[own], axis=0)[-len(new) :] + 1000 * before[:, None]
             np.testing.assert_array_equal(results[lanes.ragged.start[w] : lanes.ragged.start[w + 1]], wanted)
@@ -108,7 +108,7 @@ def read_prompts(cfg, weights, text, size):
     outputs, last = [], [None] * len(PROMPTS)
     run = jax.jit(lambda x, lanes: mixer(cfg, weights, x[None], lanes))
     for lanes, tokens, prompts in calls(size):
-        y, after = run(on_axis(text, tokens, size), lanes._replace(states=states))
+        y, after = run(packed(text, tokens, size), lanes._replace(states=states))
         assert y.dtype == text.dtype
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), states)
         untouched = np.setdiff1d(np.arange(LANES), lanes.lane)
@@ -191,16 +191,16 @@ def test_decode_continues_from_a_lane(hybrid):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)])
 def test_a_mesh_changes_nothing_of_lanes(hybrid, sizes):
-    """Each shard of the batch has an axis and lanes of its own; heads and groups are split over `tensor`.
+    """Each shard of the batch has a packed sequence and lanes of its own; heads and groups are split over `tensor`.
 
     The parts of the heads are summed at the end of the sublayer, and there is no other communication.
     """
     cfg, weights = hybrid[0], mixer_weights(hybrid[1])
     shards, size = sizes[0] * sizes[1], 24
     text = text_of(cfg)
-    axes = [(on_axis(text, tokens, size), lanes) for lanes, tokens, _ in list(calls(size))[:shards]]
-    axes = [axes[i % len(axes)] for i in range(shards)]
-    x, lanes = jax.tree.map(lambda *x: np.concatenate(x), *axes)
+    inputs = [(packed(text, tokens, size), lanes) for lanes, tokens, _ in list(calls(size))[:shards]]
+    inputs = [inputs[i % len(inputs)] for i in range(shards)]
+    x, lanes = jax.tree.map(lambda *x: np.concatenate(x), *inputs)
     lanes = lanes._replace(states=noise(cfg, LANES * shards, jnp.float32))
 
     def run(weights, x, lanes):
@@ -226,7 +226,7 @@ def test_a_mesh_changes_nothing_of_lanes(hybrid, sizes):
     compiled = program.lower(*arguments).compile()
     y, states = sharding.to_host(compiled(*arguments))
     alone = jax.jit(run)
-    for i, (tokens, own) in enumerate(axes):
+    for i, (tokens, own) in enumerate(inputs):
         rows = slice(i * LANES, (i + 1) * LANES)
         expected = alone(weights, tokens, own._replace(states=rows_of(lanes.states, rows)))
         assert_same((y[i * size : (i + 1) * size], rows_of(states, rows)), expected, atol=2e-5)

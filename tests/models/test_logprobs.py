@@ -205,7 +205,7 @@ def _gathers(hidden, head, targets):
 SIZE = 64
 CONTEXTS, COMPLETIONS = (6, 1, 9), ((4, 6), (5, 1), (3, 6))  # tokens; a context of one token has no prefix
 MODELS = {"tiny": tiny_models.tiny_config, "hybrid": tiny_models.hybrid_config}
-SHARDS = ((0, 1), (2,))  # which contexts stand on which axis
+SHARDS = ((0, 1), (2,))  # which contexts stand in which packed sequence
 
 
 def test_a_chunk_has_as_many_positions_as_memory_holds(monkeypatch):
@@ -251,7 +251,7 @@ def packed(contexts, completions, chunk=None, padding=0):
     for i, j, place in places():
         tokens[place] = [contexts[i][-1], *completions[i][j][:-1]]
         targets[place] = completions[i][j]
-    return tokens, targets, segments, np.int32(16)  # tokens of completions on the first axis; 9 on the second
+    return tokens, targets, segments, np.int32(16)  # tokens of completions on the first shard; 9 on the second
 
 
 @pytest.fixture(scope="module")

@@ -189,27 +189,27 @@ def test_a_mesh_changes_nothing(hybrid):
         np.testing.assert_allclose(gradients[path], x, atol=2e-5 * np.abs(x).max(), rtol=0, err_msg=path)
 
 
-# On packed axes of 256 tokens. The convolution sees 4 tokens: some prefixes and completions are shorter than that.
+# In packed sequences of 256 tokens. The convolution sees 4 tokens: some prefixes and completions are shorter than that.
 FAMILIES = [
     [Family(0, [5, 1]), Family(2, [3, 9, 1]), Family(13, [8, 16, 0]), Family(20, [11, 7]), Family(3, [])],
     [],  # padding alone
     [Family(100, [156])],
 ]
-AXIS = 256
+SIZE = 256
 
 
 def of_layer(hybrid):
     c, weights = hybrid[0], mixer_weights(hybrid[1])
-    x, slope = np.random.default_rng(5).normal(size=(2, len(FAMILIES), AXIS, c.hidden_size)).astype(np.float32)
+    x, slope = np.random.default_rng(5).normal(size=(2, len(FAMILIES), SIZE, c.hidden_size)).astype(np.float32)
     return c, weights, x, slope
 
 
 def places():
-    """Returns for each family where its prefix and its completions lie on the axes, read as one: ranges."""
+    """Returns for each family where its prefix and its completions lie in the packed sequences, read as one: ranges."""
     for shard, families in enumerate(FAMILIES):
         for family, (start, own) in zip(families, starts(families), strict=True):
             ranges = [(at, n) for at, n in zip((start, *own), (family.prefix, *family.completions), strict=True)]
-            yield [range(shard * AXIS + at, shard * AXIS + at + n) for at, n in ranges]
+            yield [range(shard * SIZE + at, shard * SIZE + at + n) for at, n in ranges]
 
 
 def rectangle(ranges):
@@ -220,11 +220,11 @@ def rectangle(ranges):
     return tokens, np.array([len(own) for own in ranges], np.int32)
 
 
-def on_axes(rows, tokens, length):
-    """Returns the results of the rows of `rectangle` at their places on the axes, and zeros elsewhere."""
+def in_sequences(rows, tokens, length):
+    """Returns the results of the rows of `rectangle` at their places in the packed sequences, and zeros elsewhere."""
     real = np.arange(tokens.shape[1]) < length[:, None]
-    flat = jnp.zeros((len(FAMILIES) * AXIS, rows.shape[-1]), rows.dtype)
-    return flat.at[tokens[real]].add(rows[real]).reshape(len(FAMILIES), AXIS, -1)
+    flat = jnp.zeros((len(FAMILIES) * SIZE, rows.shape[-1]), rows.dtype)
+    return flat.at[tokens[real]].add(rows[real]).reshape(len(FAMILIES), SIZE, -1)
 
 
 def alone(c, weights, x):
@@ -237,7 +237,7 @@ def alone(c, weights, x):
     of_rows, _ = mixer(c, weights, flat[rows[0]], None)
     before = np.array([len(ranges[0]) for ranges in families for _ in ranges[1:]])
     own = np.arange(rows[0].shape[1]) >= before[:, None]
-    return on_axes(of_prefixes, *prefixes) + on_axes(jnp.where(own[..., None], of_rows, 0), *rows)
+    return in_sequences(of_prefixes, *prefixes) + in_sequences(jnp.where(own[..., None], of_rows, 0), *rows)
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def alone(c, weights, x):
 def test_packed_tokens_get_what_rows_get(hybrid, chunk):
     """Outputs and all gradients; chunks are shorter than most segments, or longer than them."""
     c, weights, x, slope = of_layer(hybrid)
-    segments = pack(FAMILIES, AXIS, chunk)
+    segments = pack(FAMILIES, SIZE, chunk)
     slope *= segments.segment[..., None] > 0
 
     def gradients(run):
@@ -261,7 +261,7 @@ def test_packed_tokens_get_what_rows_get(hybrid, chunk):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
     padding = segments.segment == 0
-    assert padding.sum() > AXIS
+    assert padding.sum() > SIZE
     for y in got[:2]:
         assert not np.asarray(y)[padding].any()
     assert np.abs(got[1]).max(axis=-1)[~padding].min() > 0
@@ -271,7 +271,7 @@ def test_packed_tokens_get_what_rows_get(hybrid, chunk):
 def test_a_completion_is_seen_by_itself_alone(hybrid):
     """Changing its tokens, or padding, leaves the outputs of all other tokens bit-equal."""
     c, weights, x, _ = of_layer(hybrid)
-    segments = pack(FAMILIES, AXIS, 8)
+    segments = pack(FAMILIES, SIZE, 8)
     run = jax.jit(lambda x: mixer(c, weights, x, segments)[0])
     before = np.asarray(run(x))
     numbers = segments.segment[0]

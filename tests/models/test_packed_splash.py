@@ -1,4 +1,4 @@
-"""The TPU's kernel on a packed axis, run by Pallas' interpreter: against dense attention, and on a mesh."""
+"""The TPU's kernel on a packed sequence, run by Pallas' interpreter: against dense attention, and on a mesh."""
 
 import functools
 
@@ -25,7 +25,7 @@ ONE_FAMILY = [Family(200, [40, 9, 100])]  # blocks of completions that all read 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 128 tokens, so that a short axis has several."""
+    """Blocks of 128 tokens, so that a short sequence has several."""
     monkeypatch.setattr(splash, "BLOCKS", (128,))
 
 
@@ -68,7 +68,7 @@ def assert_equal_dense(arrays, weight, segments, placed=None, attention=attend):
 
 
 @pytest.mark.parametrize("size, padded", [(1, (128, 128)), (130, (256, 256)), (512, (512, 512)), (600, (768, 384))])
-def test_an_axis_has_the_blocks_that_need_the_least_padding(size, padded):
+def test_a_packed_sequence_has_the_blocks_that_need_the_least_padding(size, padded):
     assert splash._padded(size) == padded
 
 
@@ -100,7 +100,7 @@ def test_short_loops_where_they_are_enough(fits, small_blocks, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_axis_that_is_padded_to_blocks():
+def test_a_packed_sequence_that_is_padded_to_blocks():
     segments = packed.pack([[*RAGGED, *ONE_FAMILY]], 704)  # 2 blocks of 384 tokens
     assert_equal_dense(*inputs(segments, 1, 1), segments)
 
@@ -130,7 +130,7 @@ def test_a_gradient_of_padding_changes_nothing(small_blocks):
         assert np.all((x if x.shape[1] == 384 else x.swapaxes(1, 2))[:, 279:] == 0)
 
 
-def test_intervals_up_to_the_longest_axis():
+def test_intervals_up_to_the_longest_packed_sequence():
     segment = jnp.repeat(jnp.array([1, 2], jnp.int32), jnp.array([40000, 25536]), total_repeat_length=65536)
     reads = splash._reads(65536)(splash._intervals(segment)[-1], jnp.array([39999, 40000, 65535, 65536, 131071]))
     assert reads.tolist() == [False, True, True, True, True]
@@ -147,7 +147,7 @@ def test_an_order_that_needs_more_visits_gives_nan(small_blocks):
     assert np.isnan(attend(*arrays, segments)).all()
 
 
-def test_an_axis_that_is_too_long_is_refused():
+def test_a_packed_sequence_that_is_too_long_is_refused():
     q, k = jnp.zeros((1, 65664, 1, 8), jnp.bfloat16), jnp.zeros((1, 1, 65664, 8), jnp.bfloat16)
     with pytest.raises(InputError, match=r"65,664 tokens .* at most 65,536"):
         attend(q, k, k, packed.pack([[]], 128))

@@ -22,7 +22,7 @@ from igrpo_jax.models.cache import PageLayout
 from igrpo_jax.models.ragged import Paged, Ragged
 from igrpo_jax.models.segments import BLOCK
 
-SIZE, SPACE = 192, 5  # of an axis: tokens, and sequences that it has space for
+SIZE, SPACE = 192, 5  # of a packed sequence: tokens, and sequences that it has space for
 FAR = 40  # in keys and values that no token may read: whoever does is far off
 # Of each sequence, the tokens before its new ones and the new ones.
 CHUNKS = {

@@ -1,4 +1,4 @@
-"""Where each token of a packed axis belongs."""
+"""Where each token of a packed sequence belongs."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ SIZE = 256
 
 
 def random_shard(rng, chunk):
-    """Returns families that fit an axis of SIZE tokens and its chunks; one in eight shards is padding alone."""
+    """Returns families that fit SIZE packed tokens and their chunks; one in eight shards is padding alone."""
     families, tokens, chunks = [], 0, 0
     while rng.random() < 7 / 8:
         family = Family(int(rng.choice([0, 1, rng.integers(60)])), rng.integers(1, 40, rng.integers(5)).tolist())
@@ -73,7 +73,7 @@ def test_spans_hold_every_segment_once_and_of_each_family_who_reads_its_prefix()
         counts = [int((ranges.length[shard] >= 0).sum()) for ranges in segments.spans]
         filled = [(own.start, own.stop) for own, _ in walk(families) if own]
         assert sorted(spans[0][: counts[0]]) == sorted(filled)
-        assert spans[0][: counts[0]] == sorted(filled)  # in the order of the axis
+        assert spans[0][: counts[0]] == sorted(filled)  # in the order of the packed sequence
         with_prefix = [family for family in families if family.prefix]
         assert counts[1] == counts[2] == len(with_prefix)
         for (start, stop), (first, last), family in zip(spans[1], spans[2], with_prefix, strict=False):

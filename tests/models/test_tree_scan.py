@@ -11,7 +11,7 @@ from igrpo_jax.models.tree_scan import tree_scan
 SHARDS = [
     [Family(0, [5, 1]), Family(2, [3, 9, 1]), Family(13, [8, 16]), Family(20, [11, 7]), Family(3, [])],
     [],
-    [Family(100, [156])],  # ends with the axis
+    [Family(100, [156])],  # ends with the packed sequence
 ]
 
 
@@ -24,7 +24,7 @@ def sums(weight, state, tokens, count):
 @pytest.mark.parametrize("chunk", [4, 32, 300])
 def test_sums_along_each_chain(chunk):
     """Values, and gradients of inputs and of what all chunks share, all of whole numbers and so exact."""
-    shards = [[Family(9, [30])], SHARDS[2]] if chunk == 300 else SHARDS  # an axis of 256 has two chunks of 300 tokens
+    shards = [[Family(9, [30])], SHARDS[2]] if chunk == 300 else SHARDS  # 256 packed tokens have two chunks of 300
     segments = pack(shards, 256, chunk)
     chain = segments.chain
     inputs, slope = np.random.default_rng(0).integers(-9, 9, (2, len(shards), 256, 2)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Which blocks a kernel on a packed axis visits: those that hold what is read, and few others."""
+"""Which blocks a kernel visits in a packed sequence: those that hold what is read, and few others."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +11,13 @@ from igrpo_jax.models.visits import Lengths, Visits
 
 
 def arrays(families, size):
-    """segment, parent and blocks of one axis."""
+    """segment, parent and blocks of one packed sequence."""
     segments = packed.pack([families], size)
     return tuple(jnp.asarray(x[0]) for x in (segments.segment, segments.parent, segments.blocks))
 
 
 def random_families(rng, size):
-    """Families that fill an axis of `size` tokens at most, of many short segments or of a few long ones."""
+    """Families that fill a packed sequence of `size` tokens at most, of many short segments or of a few long ones."""
     families, longest = [], rng.choice([4, 60, 400])
     while True:
         family = Family(rng.integers(0, rng.choice([2, 300])), rng.integers(0, longest, rng.integers(1, 9)).tolist())
