@@ -8,8 +8,8 @@ the same names for tokens whose keys lie in pages. Each computes one float32 sof
 - cudnn: the flash kernel for NVIDIA GPUs.
 - splash: the flash kernel for TPUs.
 
-Legend: B batch, T query, S key, N heads, K kv heads, G heads per kv head (N = K * G), H head dim; of segments
-see `segments`.
+Legend: B batch, T query, E keys, N heads, K kv heads, G heads per kv head (N = K * G), H head dim; of packed sequences
+S shards of the batch, F tokens.
 """
 
 import functools
@@ -40,7 +40,7 @@ def windowed_attention(q: jax.Array, k: jax.Array, v: jax.Array, entry: Windowed
 
     Returns:
         [B, 1, N, H] in q's dtype, and `entry.added` with the new keys and values. Scores and softmax are float32 and
-        exist in memory: [B, K, G, S].
+        exist in memory: [B, K, G, E].
     """
     added = windows.add(entry.added, k, v, entry.step)
     rows = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])  # one matmul per row and kv head
@@ -58,16 +58,16 @@ def _read_blocks(window: Window, q: jax.Array, added: KV, length: jax.Array, ste
         step: [] int32, the last place of `added` that is read.
     """
     blocks = (*window, added)
-    score = lambda block: jnp.einsum("BKGH,BKHS->BKGS", q, block.k, preferred_element_type=jnp.float32)
+    score = lambda block: jnp.einsum("BKGH,BKHE->BKGE", q, block.k, preferred_element_type=jnp.float32)
     scores = jnp.concatenate([*map(score, blocks)], axis=-1) * q.shape[3] ** -0.5
     position, before = jnp.arange(scores.shape[3]), scores.shape[3] - added.v.shape[2]
-    allowed = jnp.where(position < before, position < length[:, None], position <= before + step)  # [B, S]
+    allowed = jnp.where(position < before, position < length[:, None], position <= before + step)  # [B, E]
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, NEVER), axis=-1).astype(added.v.dtype)
     mixed, start = jnp.zeros(q.shape, jnp.float32), 0
     for block in blocks:
         end = start + block.v.shape[2]
         own = weights[..., start:end]
-        mixed += jnp.einsum("BKGS,BKSH->BKGH", own, block.v, preferred_element_type=jnp.float32)
+        mixed += jnp.einsum("BKGE,BKEH->BKGH", own, block.v, preferred_element_type=jnp.float32)
         start = end
     return mixed.astype(q.dtype)
 

@@ -116,9 +116,9 @@ def _flash_forward(q, k, v, blocks):
 
 
 def _product(weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns the float32 product of [K, G, C, S] with [K, S, H] as [K, G, C, H]."""
+    """Returns the float32 product of [K, G, C, E] with [K, E, H] as [K, G, C, H]."""
     flat = weights.reshape(weights.shape[0], -1, weights.shape[-1])
-    out = jnp.einsum("KXS,KSH->KXH", flat, values, preferred_element_type=jnp.float32)
+    out = jnp.einsum("KXE,KEH->KXH", flat, values, preferred_element_type=jnp.float32)
     return out.reshape(*weights.shape[:-1], -1)
 
 

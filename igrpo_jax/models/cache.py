@@ -10,8 +10,8 @@ Mamba-2 keeps one state of fixed size, whatever the length. Each slot has one. A
 in its lane until all its samples have begun. `fork` copies the state of the lane to a slot, and the partly filled last
 page of the prompt, which other samples read too, to a page of the slot's own.
 
-Legend: B rows or slots, L lanes, K kv heads, S key positions, H head dim, P pages of C positions, R pages of a row,
-N heads, G groups, Z state, W tokens that a convolution sees.
+Legend: B rows or slots, L lanes, K kv heads, E key positions, H head dim, P pages of C positions, R pages of a row,
+N heads, G groups, Z state (P where there are no pages), W tokens that a convolution sees.
 """
 
 from collections.abc import Callable
@@ -51,11 +51,11 @@ class KV(NamedTuple):
     """Keys and values of some positions of one attention sublayer, one row for each sequence.
 
     In these layouts both products of attention read memory in its order. On a CPU a decode step takes 0.7 of the time
-    that it takes with keys [B, K, S, H], and with [B, S, K, H] it takes 1.3 times as long as with those.
+    that it takes with keys [B, K, E, H], and with [B, E, K, H] it takes 1.3 times as long as with those.
     """
 
-    k: jax.Array  # [B, K, H, S]
-    v: jax.Array  # [B, K, S, H]
+    k: jax.Array  # [B, K, H, E]
+    v: jax.Array  # [B, K, E, H]
 
 
 class MambaState(NamedTuple):

@@ -4,7 +4,7 @@ The module is declared with nnx and split once per configuration. The rest of th
 dict from path ("blocks/0/mixer/q_proj") to array, and calls the pure functions below under plain `jax.jit` and
 `jax.grad`. `apply` does not include the head: logits exist only where they are asked for (`logits`, `logprobs`).
 
-Legend: B batch, T query, D model, V vocab.
+Legend: B batch, T query, R rows (R = B T), D model, V vocab.
 """
 
 import functools

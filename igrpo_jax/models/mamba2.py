@@ -18,7 +18,7 @@ that continues the state after another chunk, the inputs of the convolution incl
 read one after another in a packed sequence are computed in the same way, each from the state in its lane (`lane_scan`).
 
 Legend: B batch (rows, or packed sequences), T query, F tokens of a packed sequence, L and S positions of a chunk, D
-model, N heads, G groups, R heads of a group (N = G R), H head dim, Z state, W tokens that the convolution sees.
+model, N heads, G groups, R heads of a group (N = G R), H head dim, P state, W tokens that the convolution sees.
 """
 
 import functools
@@ -98,7 +98,7 @@ class Mamba2(nnx.Module):
         return product("BTNH,NHD->BTD", y, self.o_proj), kept
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
-        """Returns x [B, T, N, H], B and C [B, T, G, Z], the inputs of the convolution."""
+        """Returns x [B, T, N, H], B and C [B, T, G, P], the inputs of the convolution."""
         inputs = [
             product("BTD,DNH->BTNH", x, self.x_proj),
             product("BTD,DGP->BTGP", x, self.b_proj),
@@ -125,7 +125,7 @@ def _packed(
 
     Args:
         weights: those of MIXED.
-        inputs: x [B, F, N, H], B and C [B, F, G, Z], before the convolution.
+        inputs: x [B, F, N, H], B and C [B, F, G, P], before the convolution.
         dt: [B, F, N] float32.
     """
 
@@ -167,7 +167,7 @@ def _in_lanes(
     Args:
         chunk: tokens that are computed at once.
         weights: those of MIXED.
-        inputs: x [1, F, N, H], B and C [1, F, G, Z], before the convolution.
+        inputs: x [1, F, N, H], B and C [1, F, G, P], before the convolution.
         dt: [1, F, N] float32.
     """
 
@@ -193,7 +193,7 @@ def _mixed(
     Args:
         weights: those of MIXED, float32.
         before: the states that the rows continue.
-        inputs: x [B, T, N, H], B and C [B, T, G, Z], before the convolution.
+        inputs: x [B, T, N, H], B and C [B, T, G, P], before the convolution.
         dt: [B, T, N] float32; 0 if the position is padding.
         length: [B] int32, real tokens of each row; None = all.
         chunk: positions that are computed at once.
@@ -246,12 +246,12 @@ def scan(x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, 
         x: [B, T, N, H] float32.
         dt: [B, T, N] float32, not negative; 0 if the position is padding.
         a: [N] float32, negative.
-        b, c: [B, T, G, Z] float32; head n belongs to group n // (N / G).
-        state: [B, N, H, Z] float32, before the first position.
+        b, c: [B, T, G, P] float32; head n belongs to group n // (N / G).
+        state: [B, N, H, P] float32, before the first position.
         chunk: positions that are computed at once, which needs [B, N, chunk, chunk] float32 of memory.
 
     Returns:
-        y [B, T, N, H] and the state [B, N, H, Z], float32.
+        y [B, T, N, H] and the state [B, N, H, P], float32.
     """
     (batch, time, heads, head_dim), groups = x.shape, b.shape[2]
     chunk = min(chunk, time)
@@ -274,8 +274,8 @@ def _chunks(x: jax.Array, size: int) -> jax.Array:
 
 
 def _chunk(a: jax.Array, state: jax.Array, xs: tuple[jax.Array, ...]):
-    """Computes one chunk: returns the state after it [B, G, R, H, Z], and y [B, L, G, R, H]."""
-    x, dt, b, c = xs  # [B, L, G, R, H], [B, L, G, R], [B, L, G, Z] twice
+    """Computes one chunk: returns the state after it [B, G, R, H, P], and y [B, L, G, R, H]."""
+    x, dt, b, c = xs  # [B, L, G, R, H], [B, L, G, R], [B, L, G, P] twice
     decay = jnp.cumsum(dt * a, axis=1)  # [B, L, G, R]: log of the fraction that is left of the state before the chunk
     pairs = decay.transpose(0, 2, 3, 1)
     pairs = pairs[..., :, None] - pairs[..., None, :]  # [B, G, R, L, S]

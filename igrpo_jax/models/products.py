@@ -2,6 +2,8 @@
 
 A weight of a sublayer is [inputs..., outputs...], as it is trained. XLA's CPU backend multiplies few rows twice as fast
 where the weight is the left factor and lies by outputs, so the sampler on CPUs has its copy in that order.
+
+Legend, where a product is one of matrices: R rows, I inputs, O outputs. Other letters are those of the caller.
 """
 
 import functools

@@ -5,7 +5,7 @@ decode step t at index t, whatever the row's position, so that a step writes at 
 kept for the next dispatch have several blocks of positions, and a step reads only those that the longest row needs.
 After a dispatch `write_back` writes its keys and values to the pages, and `extend` adds them to windows that are kept.
 
-Legend: B rows, K kv heads, H head dim, S positions of a block, T decode steps of a dispatch, P pages of C positions, R
+Legend: B rows, K kv heads, H head dim, E positions of a block, T decode steps of a dispatch, P pages of C positions, R
 pages of a row, n rows that are copied.
 """
 
@@ -213,7 +213,7 @@ def _by_heads(pool: jax.Array, table: jax.Array) -> KV:
     """Does what `_by_pages` does in a third of the time on a CPU; on TPUs copies of so few values are slow."""
     size, heads, head_dim = pool.shape[1], pool.shape[2] // 2, pool.shape[3]
     position = jnp.arange(table.shape[1] * size)
-    at = table[:, position // size] * size + position % size  # [n, S]
+    at = table[:, position // size] * size + position % size  # [n, E]
     at = jnp.broadcast_to(at[:, None], (len(table), heads, len(position)))
     pairs = pool.reshape(-1, heads, 2, head_dim)  # [P C, K, 2, H]
     # With the heads as a batch dimension the result has the layout that is needed, and a device that holds some of the
