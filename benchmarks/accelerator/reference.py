@@ -120,7 +120,7 @@ def _packed(cfg, data: Batch) -> Packed:
         for prefix, length, last, completions, _ in zip(*data, strict=True)
     ]
     by_shard = [pieces[i::shards] for i in range(shards)]
-    most = max(sum(piece.family.tokens for piece in own) for own in by_shard)
+    most = max(sum(piece.prefix_group.tokens for piece in own) for own in by_shard)
     micro_batch = MicroBatch(-(-most // BLOCK) * BLOCK, by_shard)
     width = spans.width(cfg, 1 if mesh.empty else mesh.shape["tensor"])
     segments = most_segments(micro_batch.size, width) if width else None

@@ -21,7 +21,7 @@ import numpy as np
 from igrpo_jax.learning import objectives
 from igrpo_jax.learning.micro_shapes import MicroShapes
 from igrpo_jax.models import segments
-from igrpo_jax.models.segments import Family, Segments
+from igrpo_jax.models.segments import PrefixGroup, Segments
 from igrpo_jax.records import Completion, Group
 
 
@@ -57,10 +57,10 @@ class Piece(NamedTuple):
     stop: int
 
     @property
-    def family(self) -> Family:
+    def prefix_group(self) -> PrefixGroup:
         """The tokens of its context, without the last one, and of its completions."""
         completions = self.unit.completions[self.start : self.stop]
-        return Family(len(self.unit.context) - 1, [len(completion.tokens) for completion in completions])
+        return PrefixGroup(len(self.unit.context) - 1, [len(completion.tokens) for completion in completions])
 
 
 class TrainBatch(NamedTuple):
@@ -85,7 +85,7 @@ class TrainBatch(NamedTuple):
 
 
 class Space(NamedTuple):
-    """The space that a family needs, or that a packed sequence has left; chunks and segments are 0 if not limited."""
+    """What a prefix group needs, or a packed sequence has left; chunks and segments are 0 if not limited."""
 
     tokens: int
     chunks: int
@@ -115,7 +115,7 @@ class MicroBatch:
     def places(self) -> Iterator[tuple[int, int, Unit, int]]:
         """Yields (shard, start of its segment, unit, number within the unit) for each completion."""
         for shard, pieces in enumerate(self.shards):
-            starts = segments.starts([piece.family for piece in pieces])
+            starts = segments.starts([piece.prefix_group for piece in pieces])
             for piece, (_, of_completions) in zip(pieces, starts, strict=True):
                 for i, start in enumerate(of_completions, piece.start):
                     yield shard, start, piece.unit, i
@@ -174,11 +174,11 @@ class Packer:
 
     def micro_batches(self, units: Sequence[Unit]) -> list[MicroBatch]:
         """Returns the micro-batches of the first choice that holds all `units`; the largest first."""
-        pieces = sorted(self._pieces(units), key=lambda piece: piece.family.tokens, reverse=True)
+        pieces = sorted(self._pieces(units), key=lambda piece: piece.prefix_group.tokens, reverse=True)
         if not pieces:
             return []
-        families = [piece.family for piece in pieces]
-        needs = [self._needs(family) for family in families]
+        groups = [piece.prefix_group for piece in pieces]
+        needs = [self._needs(group) for group in groups]
         choices = self.shapes.choices(sum(needed.tokens for needed in needs))
         # choices never ends, but this loop does: at the latest when there is a full micro-batch for each piece.
         for sizes in choices:
@@ -198,7 +198,7 @@ class Packer:
         left = self._space(self.shapes.largest)
         for unit in units:
             piece = Piece(unit, 0, len(unit.completions))
-            needed = self._needs(piece.family)
+            needed = self._needs(piece.prefix_group)
             if not needed.fits(left):
                 break
             left = left.minus(needed)
@@ -210,18 +210,18 @@ class Packer:
         for unit in units:
             start = 0
             for stop in range(1, len(unit.completions) + 1):
-                if stop - start > 1 and not self._fits(Piece(unit, start, stop).family):
+                if stop - start > 1 and not self._fits(Piece(unit, start, stop).prefix_group):
                     yield Piece(unit, start, stop - 1)
                     start = stop - 1
             yield Piece(unit, start, len(unit.completions))
 
-    def _fits(self, family: Family) -> bool:
-        return self._needs(family).fits(self._space(self.shapes.largest))
+    def _fits(self, group: PrefixGroup) -> bool:
+        return self._needs(group).fits(self._space(self.shapes.largest))
 
-    def _needs(self, family: Family) -> Space:
-        """Returns what a family takes of a packed sequence."""
-        chunks = segments.chunk_count(family, self._chunk) if self._chunk else 0
-        return Space(family.tokens, chunks, 1 + len(family.completions) if self._width else 0)
+    def _needs(self, group: PrefixGroup) -> Space:
+        """Returns what a prefix group takes of a packed sequence."""
+        chunks = segments.chunk_count(group, self._chunk) if self._chunk else 0
+        return Space(group.tokens, chunks, 1 + len(group.completions) if self._width else 0)
 
     def _space(self, size: int) -> Space:
         """Returns what a packed sequence of `size` tokens has."""
@@ -264,14 +264,12 @@ def fill(batch: MicroBatch, chunk: int | None, most: int | None = None, has_shap
         has_shaped: whether `shaped` is wanted.
     """
     of_tokens = lambda dtype: np.zeros((len(batch.shards), batch.size), dtype)
-    families = [[piece.family for piece in pieces] for pieces in batch.shards]
+    groups = [[piece.prefix_group for piece in pieces] for pieces in batch.shards]
     arrays = TrainBatch(
         tokens=of_tokens(np.int32),
         targets=of_tokens(np.int32),
-        segments=segments.pack(families, batch.size, chunk, most),
-        completion_tokens=np.array(
-            max(sum(sum(family.completions) for family in shard) for shard in families), np.int32
-        ),
+        segments=segments.pack(groups, batch.size, chunk, most),
+        completion_tokens=np.array(max(sum(sum(group.completions) for group in shard) for shard in groups), np.int32),
         mask=of_tokens(bool),
         advantage=of_tokens(np.float32),
         weight=of_tokens(np.float32),
@@ -282,7 +280,7 @@ def fill(batch: MicroBatch, chunk: int | None, most: int | None = None, has_shap
         shaped=of_tokens(bool) if has_shaped else None,
     )
     for shard, pieces in enumerate(batch.shards):
-        for piece, (start, _) in zip(pieces, segments.starts(families[shard]), strict=True):
+        for piece, (start, _) in zip(pieces, segments.starts(groups[shard]), strict=True):
             context = piece.unit.context
             arrays.tokens[shard, start : start + len(context) - 1] = context[:-1]
     for shard, start, unit, i in batch.places():

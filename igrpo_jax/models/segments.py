@@ -8,8 +8,8 @@ mixes positions does: attention reads `blocks`, which says of each pair of block
 `pack` makes these arrays on the host. The completions come before all prefixes, so that what is only wanted of
 completions, such as their log-probs, is at the start of the packed sequence.
 
-Legend: S shards of the batch, F tokens of the packed sequence, I and J blocks of BLOCK tokens, N chunks of C tokens, M
-segments.
+Legend: S shards of the batch, F tokens of the packed sequence, T queries, E keys, I and J blocks of BLOCK tokens, N
+chunks of C tokens, M segments.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Spans(NamedTuple):
     """The segments as ranges, for a kernel that takes these instead of a mask."""
 
     segments: Ranges  # of which each token reads its own up to itself
-    readers: Ranges  # of each family with a prefix, all its completions
+    readers: Ranges  # of each prefix group that has a prefix, all its completions
     prefixes: Ranges  # which they read whole
 
 
@@ -65,7 +65,7 @@ class Segments(NamedTuple):
     spans: Spans | None = None  # None where attention does not read them
 
 
-class Family(NamedTuple):
+class PrefixGroup(NamedTuple):
     """Tokens that belong together: a prefix, which may be empty, and the completions that continue it."""
 
     prefix: int  # tokens
@@ -77,9 +77,9 @@ class Family(NamedTuple):
         return self.prefix + sum(self.completions)
 
 
-def chunk_count(family: Family, chunk: int) -> int:
-    """Returns the chunks of `chunk` tokens that a family fills, each with tokens of one segment."""
-    return sum(-(-length // chunk) for length in (family.prefix, *family.completions))
+def chunk_count(group: PrefixGroup, chunk: int) -> int:
+    """Returns the chunks of `chunk` tokens that a prefix group fills, each with tokens of one segment."""
+    return sum(-(-length // chunk) for length in (group.prefix, *group.completions))
 
 
 def most_chunks(size: int, chunk: int) -> int:
@@ -92,62 +92,64 @@ def most_segments(size: int, width: int) -> int:
     return max(4, min(size // SHORTEST, SPANS_BYTES // (8 * size * width)))
 
 
-def pack(shards: Sequence[Sequence[Family]], size: int, chunk: int | None = None, most: int | None = None) -> Segments:
-    """Returns the segments of packed sequences of `size` tokens that hold the given families, in their order.
+def pack(
+    shards: Sequence[Sequence[PrefixGroup]], size: int, chunk: int | None = None, most: int | None = None
+) -> Segments:
+    """Returns the segments of packed sequences of `size` tokens that hold the given prefix groups, in order.
 
     Args:
-        shards: the families of each shard. Together they have at most `size` tokens, and at most `most_chunks` chunks
-            where `chunk` is given, and at most `most` segments.
+        shards: the prefix groups of each shard. Together they have at most `size` tokens, and at most `most_chunks`
+            chunks where `chunk` is given, and at most `most` segments.
         size: F, a multiple of BLOCK.
         chunk: tokens of a chunk of Mamba-2, C; None = the model has no such sublayer.
         most: M of the spans, at least 4; None = attention does not read them.
     """
-    packed = [_pack_shard(families, size, chunk, most) for families in shards]
+    packed = [_pack_shard(groups, size, chunk, most) for groups in shards]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
 
 
-def starts(families: Sequence[Family]) -> list[tuple[int, list[int]]]:
-    """Returns where the prefix and the completions of each family begin in the sequence that `pack` packs."""
+def starts(groups: Sequence[PrefixGroup]) -> list[tuple[int, list[int]]]:
+    """Returns where the prefix and the completions of each prefix group begin in the sequence that `pack` packs."""
     at, of_completions = 0, []
-    for family in families:
-        ends = np.cumsum([at, *family.completions]).tolist()
+    for group in groups:
+        ends = np.cumsum([at, *group.completions]).tolist()
         of_completions.append(ends[:-1])
         at = ends[-1]
-    of_prefixes = np.cumsum([at, *(family.prefix for family in families)]).tolist()
+    of_prefixes = np.cumsum([at, *(group.prefix for group in groups)]).tolist()
     return list(zip(of_prefixes, of_completions, strict=False))
 
 
-def _pack_shard(families: Sequence[Family], size: int, chunk: int | None, most: int | None) -> Segments:
+def _pack_shard(groups: Sequence[PrefixGroup], size: int, chunk: int | None, most: int | None) -> Segments:
     segment, parent, position = (np.zeros(size, np.int32) for _ in range(3))
     blocks = np.zeros((size // BLOCK, size // BLOCK), np.int8)
     number = 0
-    for family, (prefix_start, completion_starts) in zip(families, starts(families), strict=True):
-        prefix = slice(prefix_start, prefix_start + family.prefix)
+    for group, (prefix_start, completion_starts) in zip(groups, starts(groups), strict=True):
+        prefix = slice(prefix_start, prefix_start + group.prefix)
         number += 1
         prefix_number = number
         segment[prefix], parent[prefix] = number, number
-        position[prefix] = np.arange(family.prefix)
+        position[prefix] = np.arange(group.prefix)
         _mark_causal(blocks, prefix)
-        for start, length in zip(completion_starts, family.completions, strict=True):
+        for start, length in zip(completion_starts, group.completions, strict=True):
             own = slice(start, start + length)
             number += 1
             segment[own], parent[own] = number, prefix_number
-            position[own] = family.prefix + np.arange(length)
+            position[own] = group.prefix + np.arange(length)
             _mark_causal(blocks, own)
             _mark(blocks, own, prefix)
-    chain = None if chunk is None else _chain(families, size, chunk)
-    spans = None if most is None else _spans(families, most)
+    chain = None if chunk is None else _chain(groups, size, chunk)
+    spans = None if most is None else _spans(groups, most)
     return Segments(segment, parent, position, blocks, chain, spans)
 
 
-def _spans(families: Sequence[Family], most: int) -> Spans:
+def _spans(groups: Sequence[PrefixGroup], most: int) -> Spans:
     completions, readers, prefixes = [], [], []
-    for family, (prefix, of_completions) in zip(families, starts(families), strict=True):
-        own = [part for part in zip(of_completions, family.completions, strict=True) if part[1]]
+    for group, (prefix, of_completions) in zip(groups, starts(groups), strict=True):
+        own = [part for part in zip(of_completions, group.completions, strict=True) if part[1]]
         completions += own
-        if family.prefix:
-            prefixes.append((prefix, family.prefix))
-            readers.append((own[0][0], sum(family.completions)) if own else (prefix, 0))
+        if group.prefix:
+            prefixes.append((prefix, group.prefix))
+            readers.append((own[0][0], sum(group.completions)) if own else (prefix, 0))
     return Spans(_ranges([*completions, *prefixes], most), _ranges(readers, most // 2), _ranges(prefixes, most // 2))
 
 
@@ -188,7 +190,7 @@ def _mark_causal(blocks: np.ndarray, own: slice) -> None:
         every[np.tri(len(every), k=-1, dtype=bool)] = ALL
 
 
-def _chain(families: Sequence[Family], size: int, chunk: int) -> Chain:
+def _chain(groups: Sequence[PrefixGroup], size: int, chunk: int) -> Chain:
     count = most_chunks(size, chunk)
     chunks, chunk_before = np.full((count, chunk), size, np.int32), np.full(count, count, np.int32)
     used = 0
@@ -202,10 +204,10 @@ def _chain(families: Sequence[Family], size: int, chunk: int) -> Chain:
             last, used = used, used + 1
         return last
 
-    places = starts(families)
-    lasts = [add(start, family.prefix, count) for family, (start, _) in zip(families, places, strict=True)]
-    for family, (_, of_completions), last in zip(families, places, lasts, strict=True):
-        for own, length in zip(of_completions, family.completions, strict=True):
+    places = starts(groups)
+    lasts = [add(start, group.prefix, count) for group, (start, _) in zip(groups, places, strict=True)]
+    for group, (_, of_completions), last in zip(groups, places, lasts, strict=True):
+        for own, length in zip(of_completions, group.completions, strict=True):
             add(own, length, last)
     return Chain(chunks, chunk_before)
 
@@ -213,15 +215,15 @@ def _chain(families: Sequence[Family], size: int, chunk: int) -> Chain:
 def readable(
     segment: jax.Array, position: jax.Array, parent: jax.Array, key_segment: jax.Array, key_position: jax.Array
 ) -> jax.Array:
-    """Returns whether each query reads each key, [..., T, S] bool.
+    """Returns whether each query reads each key, [..., T, E] bool.
 
     Args:
         segment, position, parent: [..., T] int32, of queries.
-        key_segment, key_position: [..., S] int32, of keys.
+        key_segment, key_position: [..., E] int32, of keys.
     """
     keys = key_segment[..., None, :]
-    family = (keys == segment[..., None]) | (keys == parent[..., None])
-    return family & (key_position[..., None, :] <= position[..., None]) & (keys > 0)
+    same_group = (keys == segment[..., None]) | (keys == parent[..., None])
+    return same_group & (key_position[..., None, :] <= position[..., None]) & (keys > 0)
 
 
 def dense_mask(segments: Segments) -> jax.Array:

@@ -161,8 +161,8 @@ def _packed_kernel(q, k, v, segment, parent, needed: visits.Visits, given: visit
 def _ids(segment: jax.Array, parent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns [F] int32 of queries, of the keys of the first copy and of those of the second one.
 
-    A query may read a key whose number is its own: that of the family, negative in a prefix. In the second copy a
-    prefix has the number of its completions.
+    A query may read a key whose number is its own: that of the prefix group, negative in a prefix. In the second copy
+    a prefix has the number of its completions.
     """
     prefix = (segment > 0) & (segment == parent)
     own = jnp.where(prefix, -parent, parent)

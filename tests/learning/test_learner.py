@@ -414,7 +414,7 @@ def test_groups_are_split_where_shards_would_have_none(build, tiny, reference_gr
     """4 groups of 4 on 8 shards: each runs half a group."""
     learner, _ = built = build(MESHES["8x1x1"], prompts_per_step=4)
     (batch,) = learner.packer.micro_batches(learner.packer.units(make_groups()[:4], ADVANTAGES[:4]))
-    assert [[piece.family.completions for piece in pieces] for pieces in batch.shards if len(pieces) != 1] == []
+    assert [[piece.prefix_group.completions for piece in pieces] for pieces in batch.shards if len(pieces) != 1] == []
     state, metrics = updated(built, tiny[1], make_groups()[:4], ADVANTAGES[:4])
     tokens, mask = layout()
     advantages = np.where(np.arange(P)[:, None] < 4, ADVANTAGES, 0).reshape(-1)

@@ -22,7 +22,7 @@ from igrpo_jax.learning.loss import LossSettings, MicroBatchSums, TokenValues, m
 from igrpo_jax.learning.loss import loss as objective_loss
 from igrpo_jax.learning.update_metrics import optimizer_step_metrics
 from igrpo_jax.models.logprobs import token_logprobs
-from igrpo_jax.models.segments import Family, pack, starts
+from igrpo_jax.models.segments import PrefixGroup, pack, starts
 
 RATIOS = ((1.5, 0.5), (1.5, 0.5, 1.1))
 ADVANTAGE = np.array([1.0, -2.0], np.float32)
@@ -293,8 +293,8 @@ def test_what_has_a_gradient_without_an_advantage():
 # Many completions in one packed sequence.
 
 PACKED = [
-    [Family(5, [4, 1, 7]), Family(0, [3, 2])],
-    [Family(11, [6])],
+    [PrefixGroup(5, [4, 1, 7]), PrefixGroup(0, [3, 2])],
+    [PrefixGroup(11, [6])],
     [],
 ]
 SIZE = 64
@@ -306,9 +306,9 @@ def packed_values(r):
     segment = pack(PACKED, SIZE).segment
     places = [
         (shard, slice(start, start + length))
-        for shard, families in enumerate(PACKED)
-        for family, (_, own) in zip(families, starts(families), strict=True)
-        for start, length in zip(own, family.completions, strict=True)
+        for shard, groups in enumerate(PACKED)
+        for group, (_, own) in zip(groups, starts(groups), strict=True)
+        for start, length in zip(own, group.completions, strict=True)
     ]
     lengths = np.array([place.stop - place.start for _, place in places])
     finished = rng.random(len(places)) < 0.7
@@ -437,7 +437,7 @@ def test_a_completion_changes_no_other_ones_ratio(loss_type):
 @pytest.mark.parametrize("loss_type", ["gspo", "gspo_token"])
 def test_a_packed_sequence_of_as_many_completions_as_there_can_be(loss_type):
     """Each of one token, after an empty prefix: their numbers go up to twice the tokens of the packed sequence."""
-    row = pack([[Family(0, [1])] * SIZE], SIZE).segment
+    row = pack([[PrefixGroup(0, [1])] * SIZE], SIZE).segment
     assert row.max() == 2 * SIZE
     difference = np.random.default_rng(0).normal(size=(1, SIZE)).astype(np.float32)
     ratio = resolved(loss_type).functions.log_ratio(jnp.asarray(difference), jnp.ones((1, SIZE), bool), row)

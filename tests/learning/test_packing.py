@@ -214,7 +214,7 @@ def test_chunks_of_a_state_space_model_are_counted():
     groups = [make_group([1], [completion(i, [5]) for i in range(8)]) for _ in range(4)]
     batches = packer.micro_batches(packer.units(groups, np.zeros((4, 8), np.float32)))
     for batch in batches:
-        used = sum(segments.chunk_count(piece.family, 64) for pieces in batch.shards for piece in pieces)
+        used = sum(segments.chunk_count(piece.prefix_group, 64) for pieces in batch.shards for piece in pieces)
         assert used <= segments.most_chunks(batch.size, 64)
     assert sum(len(placed(batch)) for batch in batches) == 32
 
@@ -228,7 +228,7 @@ def test_segments_are_counted_where_attention_reads_spans():
     for batch in batches:
         most, spans = segments.most_segments(batch.size, width), packer.fill(batch).segments.spans
         assert spans.segments.length.shape == (1, most)
-        used = sum(1 + len(piece.family.completions) for piece in batch.shards[0])
+        used = sum(1 + len(piece.prefix_group.completions) for piece in batch.shards[0])
         assert (spans.segments.length >= 0).sum() == used <= most
     assert len(batches) >= 4 and sum(len(placed(batch)) for batch in batches) == 32
 
@@ -248,7 +248,7 @@ def test_shards_have_equal_work():
     packer = make_packer(4, learner__tokens_per_microbatch=1024, prompts_per_step=8)
     groups = [make_group(np.ones(41), [completion(i, np.ones(10)) for i in range(8)]) for _ in range(8)]
     for batch in packer.micro_batches(packer.units(groups, np.zeros((8, 8), np.float32))):
-        assert [sum(piece.family.tokens for piece in pieces) for pieces in batch.shards] == [120] * 4
+        assert [sum(piece.prefix_group.tokens for piece in pieces) for pieces in batch.shards] == [120] * 4
 
 
 SMALL = {"prompts_per_step": 2, "algorithm__num_generations": 2}

@@ -13,7 +13,7 @@ from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import attention, decoder
-from igrpo_jax.models.segments import Family, pack
+from igrpo_jax.models.segments import PrefixGroup, pack
 
 CASES = {"one token": (2, 1, 2, 1), "groups of heads": (2, 130, 2, 3), "a head for each key": (1, 20, 3, 1)}
 
@@ -116,7 +116,7 @@ def test_a_request_that_cannot_be_met_is_refused(platform, requested, dtype, hea
 
 def logits_and_grads(cfg, params):
     """Two packed sequences of completions that read prefixes; each sublayer is run again in the backward pass."""
-    segments = pack([[Family(70, [50, 1]), Family(0, [9])], [Family(20, [3, 64])]], 192)
+    segments = pack([[PrefixGroup(70, [50, 1]), PrefixGroup(0, [9])], [PrefixGroup(20, [3, 64])]], 192)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, segments.segment.shape, np.int32)
     is_real = (segments.segment > 0)[..., None]
 

@@ -14,7 +14,7 @@ from igrpo_jax import config
 from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.models import decoder, logprobs
 from igrpo_jax.models.logprobs import packed_logprobs, token_logprobs
-from igrpo_jax.models.segments import Family, pack, starts
+from igrpo_jax.models.segments import PrefixGroup, pack, starts
 
 R, T, D, V = 3, 10, 8, 29
 
@@ -232,21 +232,21 @@ def make_units():
 def places():
     """Yields of each completion its context's number, its own, its shard and where its segment stands."""
     for shard, numbers in enumerate(SHARDS):
-        for i, (_, own) in zip(numbers, starts([family(i) for i in numbers]), strict=True):
+        for i, (_, own) in zip(numbers, starts([prefix_group(i) for i in numbers]), strict=True):
             for j, start in enumerate(own):
                 yield i, j, (shard, slice(start, start + COMPLETIONS[i][j]))
 
 
-def family(i):
-    return Family(CONTEXTS[i] - 1, COMPLETIONS[i])
+def prefix_group(i):
+    return PrefixGroup(CONTEXTS[i] - 1, COMPLETIONS[i])
 
 
 def packed(contexts, completions, chunk=None, padding=0):
     """The arrays that `packed_logprobs` takes after the parameters; `padding` stands where no token is."""
-    segments = pack([[family(i) for i in numbers] for numbers in SHARDS], SIZE, chunk)
+    segments = pack([[prefix_group(i) for i in numbers] for numbers in SHARDS], SIZE, chunk)
     tokens, targets = np.full((2, len(SHARDS), SIZE), padding, np.int32)
     for shard, numbers in enumerate(SHARDS):
-        for i, (start, _) in zip(numbers, starts([family(i) for i in numbers]), strict=True):
+        for i, (start, _) in zip(numbers, starts([prefix_group(i) for i in numbers]), strict=True):
             tokens[shard, start : start + CONTEXTS[i] - 1] = contexts[i][:-1]
     for i, j, place in places():
         tokens[place] = [contexts[i][-1], *completions[i][j][:-1]]

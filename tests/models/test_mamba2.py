@@ -12,7 +12,7 @@ from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, mamba2
-from igrpo_jax.models.segments import Family, pack, starts
+from igrpo_jax.models.segments import PrefixGroup, pack, starts
 
 B, N, G, H, P = 2, 4, 2, 3, 5
 
@@ -190,25 +190,31 @@ def test_a_mesh_changes_nothing(hybrid):
 
 
 # In packed sequences of 256 tokens. The convolution sees 4 tokens: some prefixes and completions are shorter than that.
-FAMILIES = [
-    [Family(0, [5, 1]), Family(2, [3, 9, 1]), Family(13, [8, 16, 0]), Family(20, [11, 7]), Family(3, [])],
+GROUPS = [
+    [
+        PrefixGroup(0, [5, 1]),
+        PrefixGroup(2, [3, 9, 1]),
+        PrefixGroup(13, [8, 16, 0]),
+        PrefixGroup(20, [11, 7]),
+        PrefixGroup(3, []),
+    ],
     [],  # padding alone
-    [Family(100, [156])],
+    [PrefixGroup(100, [156])],
 ]
 SIZE = 256
 
 
 def of_layer(hybrid):
     c, weights = hybrid[0], mixer_weights(hybrid[1])
-    x, slope = np.random.default_rng(5).normal(size=(2, len(FAMILIES), SIZE, c.hidden_size)).astype(np.float32)
+    x, slope = np.random.default_rng(5).normal(size=(2, len(GROUPS), SIZE, c.hidden_size)).astype(np.float32)
     return c, weights, x, slope
 
 
 def places():
-    """Returns for each family where its prefix and its completions lie in the packed sequences, read as one: ranges."""
-    for shard, families in enumerate(FAMILIES):
-        for family, (start, own) in zip(families, starts(families), strict=True):
-            ranges = [(at, n) for at, n in zip((start, *own), (family.prefix, *family.completions), strict=True)]
+    """Returns of each group where its prefix and its completions lie in the packed sequences, read as one: ranges."""
+    for shard, groups in enumerate(GROUPS):
+        for group, (start, own) in zip(groups, starts(groups), strict=True):
+            ranges = [(at, n) for at, n in zip((start, *own), (group.prefix, *group.completions), strict=True)]
             yield [range(shard * SIZE + at, shard * SIZE + at + n) for at, n in ranges]
 
 
@@ -223,19 +229,19 @@ def rectangle(ranges):
 def in_sequences(rows, tokens, length):
     """Returns the results of the rows of `rectangle` at their places in the packed sequences, and zeros elsewhere."""
     real = np.arange(tokens.shape[1]) < length[:, None]
-    flat = jnp.zeros((len(FAMILIES) * SIZE, rows.shape[-1]), rows.dtype)
-    return flat.at[tokens[real]].add(rows[real]).reshape(len(FAMILIES), SIZE, -1)
+    flat = jnp.zeros((len(GROUPS) * SIZE, rows.shape[-1]), rows.dtype)
+    return flat.at[tokens[real]].add(rows[real]).reshape(len(GROUPS), SIZE, -1)
 
 
 def alone(c, weights, x):
     """Each prefix, and each [prefix | completion], as a row of its own."""
     flat = x.reshape(-1, x.shape[-1])
-    families = list(places())
-    prefixes = rectangle([ranges[0] for ranges in families])
-    rows = rectangle([[*ranges[0], *own] for ranges in families for own in ranges[1:]])
+    groups = list(places())
+    prefixes = rectangle([ranges[0] for ranges in groups])
+    rows = rectangle([[*ranges[0], *own] for ranges in groups for own in ranges[1:]])
     of_prefixes, _ = mixer(c, weights, flat[prefixes[0]], None)
     of_rows, _ = mixer(c, weights, flat[rows[0]], None)
-    before = np.array([len(ranges[0]) for ranges in families for _ in ranges[1:]])
+    before = np.array([len(ranges[0]) for ranges in groups for _ in ranges[1:]])
     own = np.arange(rows[0].shape[1]) >= before[:, None]
     return in_sequences(of_prefixes, *prefixes) + in_sequences(jnp.where(own[..., None], of_rows, 0), *rows)
 
@@ -245,7 +251,7 @@ def alone(c, weights, x):
 def test_packed_tokens_get_what_rows_get(hybrid, chunk):
     """Outputs and all gradients; chunks are shorter than most segments, or longer than them."""
     c, weights, x, slope = of_layer(hybrid)
-    segments = pack(FAMILIES, SIZE, chunk)
+    segments = pack(GROUPS, SIZE, chunk)
     slope *= segments.segment[..., None] > 0
 
     def gradients(run):
@@ -271,7 +277,7 @@ def test_packed_tokens_get_what_rows_get(hybrid, chunk):
 def test_a_completion_is_seen_by_itself_alone(hybrid):
     """Changing its tokens, or padding, leaves the outputs of all other tokens bit-equal."""
     c, weights, x, _ = of_layer(hybrid)
-    segments = pack(FAMILIES, SIZE, 8)
+    segments = pack(GROUPS, SIZE, 8)
     run = jax.jit(lambda x: mixer(c, weights, x, segments)[0])
     before = np.asarray(run(x))
     numbers = segments.segment[0]
@@ -281,7 +287,7 @@ def test_a_completion_is_seen_by_itself_alone(hybrid):
         differs = (np.asarray(run(other)) != before).any(axis=-1)
         np.testing.assert_array_equal(differs[0], (numbers == changed) & (numbers > 0))
         assert not differs[1:].any()
-    prefix = segments.parent[0] == segments.parent[0, 10]  # a family: changing its prefix changes all of it
+    prefix = segments.parent[0] == segments.parent[0, 10]  # a prefix group: changing its prefix changes all of it
     other = x.copy()
     other[0, numbers == segments.parent[0, 10]] += 1
     np.testing.assert_array_equal((np.asarray(run(other)) != before).any(axis=-1)[0], prefix)
@@ -292,7 +298,7 @@ def test_a_completion_is_seen_by_itself_alone(hybrid):
 def test_a_mesh_changes_nothing_of_packed_axes(hybrid, sizes):
     """Shards over `data` and `fsdp`, heads and groups over `tensor`: outputs and gradients, under remat."""
     c, weights, _, _ = of_layer(hybrid)
-    shards = [FAMILIES[i % 2] for i in range(sizes[0] * sizes[1])]
+    shards = [GROUPS[i % 2] for i in range(sizes[0] * sizes[1])]
     x, slope = np.random.default_rng(6).normal(size=(2, len(shards), 128, c.hidden_size)).astype(np.float32)
     segments = pack(shards, 128, 8)
 

@@ -15,7 +15,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import attention
-from igrpo_jax.models.segments import ALL, KV_AXES, NOTHING, SOME, Family, pack, starts
+from igrpo_jax.models.segments import ALL, KV_AXES, NOTHING, SOME, PrefixGroup, pack, starts
 
 
 def with_mask(q, k, v, segments):
@@ -31,9 +31,9 @@ RUNS_HERE = {
 }
 AXES = ("batch", "time", "heads", "head_dim"), KV_AXES, KV_AXES
 
-RAGGED = [Family(70, [50, 1, 20]), Family(0, [9, 5]), Family(20, [3])]  # 178 tokens
-LONG = [Family(3, [150]), Family(90, [1])]  # a completion and a prefix that are longer than a block
-FILLED = [Family(64, [64]), Family(64, [64])]  # 256 tokens; each segment is a block
+RAGGED = [PrefixGroup(70, [50, 1, 20]), PrefixGroup(0, [9, 5]), PrefixGroup(20, [3])]  # 178 tokens
+LONG = [PrefixGroup(3, [150]), PrefixGroup(90, [1])]  # a completion and a prefix that are longer than a block
+FILLED = [PrefixGroup(64, [64]), PrefixGroup(64, [64])]  # 256 tokens; each segment is a block
 SIZE = 256
 CASES = {  # shards, kv heads, heads per kv head
     "ragged": ([RAGGED], 2, 3),
@@ -56,26 +56,26 @@ def inputs(shards, kv_heads, groups, head_dim=8, dtype="float32"):
     return segments, (q, k, v), weight
 
 
-def tokens_of(families):
+def tokens_of(groups):
     """Yields of each segment the indices of its tokens, and those of the prefix that it continues."""
-    for family, (start, own) in zip(families, starts(families), strict=True):
-        prefix = np.arange(start, start + family.prefix)
-        if family.prefix:
+    for group, (start, own) in zip(groups, starts(groups), strict=True):
+        prefix = np.arange(start, start + group.prefix)
+        if group.prefix:
             yield prefix, prefix[:0]
-        for at, length in zip(own, family.completions, strict=True):
+        for at, length in zip(own, group.completions, strict=True):
             yield np.arange(at, at + length), prefix
 
 
 def alone(shards, arrays, weight):
     """Outputs, and gradients of their sum weighted by `weight`, of each segment run after its prefix as a row."""
     q, k, v = arrays
-    groups = q.shape[2] // k.shape[1]
+    per_kv_head = q.shape[2] // k.shape[1]
     mixed, d_q, d_k, d_v = (np.zeros(x.shape) for x in (q, q, k, v))
-    for s, families in enumerate(shards):
-        for own, prefix in tokens_of(families):
+    for s, groups in enumerate(shards):
+        for own, prefix in tokens_of(groups):
             read = np.concatenate([prefix, own])
             for n in range(q.shape[2]):
-                kv = s, n // groups, read
+                kv = s, n // per_kv_head, read
                 row = plain_attention.attend(q[s, own, n], k[kv], v[kv], weight[s, own, n])
                 mixed[s, own, n], d_q[s, own, n] = row.mixed, row.d_q
                 d_k[kv] += row.d_k
@@ -141,7 +141,7 @@ def test_a_mesh_changes_nothing(name):
 def test_a_completion_is_seen_by_itself_alone(name):
     """All other outputs are equal bit for bit, those in the same blocks and those that share its prefix too."""
     segments, (q, k, v), _ = inputs([RAGGED], 2, 2)
-    changed = next(own for own, prefix in tokens_of(RAGGED) if len(prefix) == 70)  # of the first family
+    changed = next(own for own, prefix in tokens_of(RAGGED) if len(prefix) == 70)  # of the first group
     assert len(changed) == 50
     run = jax.jit(lambda q, k, v: RUNS_HERE[name](q, k, v, segments))
     before = np.asarray(run(q, k, v))
@@ -168,7 +168,7 @@ def test_a_prefix_is_seen_by_its_own_completions_alone():
 
 
 def test_blocks_that_nothing_reads_are_skipped():
-    """NaN in the keys and values of one family's blocks reaches neither outputs nor gradients of the other family.
+    """NaN in the keys and values of one prefix group's blocks reaches neither outputs nor gradients of the other group.
 
     A product with a masked weight of 0 would be NaN.
     """
@@ -193,7 +193,7 @@ def test_blocks_that_nothing_reads_are_skipped():
 
 
 def test_later_blocks_of_a_segment_are_skipped():
-    segments, (q, k, v), _ = inputs([[Family(0, [SIZE])]], 1, 1)
+    segments, (q, k, v), _ = inputs([[PrefixGroup(0, [SIZE])]], 1, 1)
     np.testing.assert_array_equal(segments.blocks[0], np.tril(np.full((4, 4), ALL), -1) + np.eye(4) * SOME)
     before = np.asarray(attention.packed_chunked_attention(q, k, v, segments))
     k[:, :, 192:], v[:, :, 192:] = np.nan, np.nan
@@ -204,7 +204,7 @@ def test_later_blocks_of_a_segment_are_skipped():
 @pytest.mark.slow
 def test_memory_grows_with_length_and_not_its_square():
     def temporaries(attend, size):
-        segments = pack([[Family(size // 2, [size // 4] * 2)]], size)
+        segments = pack([[PrefixGroup(size // 2, [size // 4] * 2)]], size)
         q, kv = np.zeros((1, size, 2, 8), np.float32), np.zeros((1, 1, size, 8), np.float32)
         gradient = jax.jit(jax.grad(lambda *x: attend(*x, segments).sum(), argnums=(0, 1, 2)))
         return gradient.lower(q, kv, kv).compile().memory_analysis().temp_size_in_bytes

@@ -12,15 +12,15 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import segments as packed
 from igrpo_jax.models import splash, visits
-from igrpo_jax.models.segments import Family, Segments
+from igrpo_jax.models.segments import PrefixGroup, Segments
 from igrpo_jax.models.visits import Lengths
 
 AXES = (("batch", "time", "heads", "head_dim"), packed.KV_AXES, packed.KV_AXES)
 attend = functools.partial(splash.packed_splash_attention, interpret=True)
 
-RAGGED = [Family(70, [50, 1, 60]), Family(0, [30, 5]), Family(40, [3, 20])]  # 279 tokens
-FILLED = [Family(100, [130, 26]), Family(64, [64])]  # 384 tokens, one completion longer than a block
-ONE_FAMILY = [Family(200, [40, 9, 100])]  # blocks of completions that all read the same prefix
+RAGGED = [PrefixGroup(70, [50, 1, 60]), PrefixGroup(0, [30, 5]), PrefixGroup(40, [3, 20])]  # 279 tokens
+FILLED = [PrefixGroup(100, [130, 26]), PrefixGroup(64, [64])]  # 384 tokens, one completion longer than a block
+ONE_GROUP = [PrefixGroup(200, [40, 9, 100])]  # blocks of completions that all read the same prefix
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_a_packed_sequence_has_the_blocks_that_need_the_least_padding(size, padd
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shards, kv_heads, groups",
-    [([RAGGED], 1, 3), ([FILLED], 2, 1), ([ONE_FAMILY, []], 1, 2)],
-    ids=["ragged", "filled", "one family, and a shard of padding"],
+    [([RAGGED], 1, 3), ([FILLED], 2, 1), ([ONE_GROUP, []], 1, 2)],
+    ids=["ragged", "filled", "one group, and a shard of padding"],
 )
 def test_it_equals_dense_attention(shards, kv_heads, groups, small_blocks):
     segments = packed.pack(shards, 384)
@@ -92,7 +92,7 @@ def test_short_loops_where_they_are_enough(fits, small_blocks, monkeypatch):
     """
     short = Lengths(pieces=2, keys=2 if fits else 1, queries=1)
     monkeypatch.setattr(visits, "lengths", lambda count: (short, Lengths(count, count + 1, count)))
-    segments = packed.pack([[Family(100, [128, 128])], [Family(128, [200])]], 384)
+    segments = packed.pack([[PrefixGroup(100, [128, 128])], [PrefixGroup(128, [200])]], 384)
     for shard, expected in ((0, fits), (1, False)):
         needed = visits.visits(*(jnp.asarray(x[shard]) for x in segments[:2] + segments[3:4]), 128)
         assert visits.fit(needed, short) == expected
@@ -101,7 +101,7 @@ def test_short_loops_where_they_are_enough(fits, small_blocks, monkeypatch):
 
 @pytest.mark.slow
 def test_a_packed_sequence_that_is_padded_to_blocks():
-    segments = packed.pack([[*RAGGED, *ONE_FAMILY]], 704)  # 2 blocks of 384 tokens
+    segments = packed.pack([[*RAGGED, *ONE_GROUP]], 704)  # 2 blocks of 384 tokens
     assert_equal_dense(*inputs(segments, 1, 1), segments)
 
 
@@ -109,7 +109,7 @@ def test_a_packed_sequence_that_is_padded_to_blocks():
 def test_a_mesh_changes_nothing(small_blocks, monkeypatch):
     """Its devices run different loops: the short ones are enough for the shard of padding alone."""
     monkeypatch.setattr(visits, "lengths", lambda count: (Lengths(1, 1, 1), Lengths(count, count + 1, count)))
-    segments = packed.pack([RAGGED, FILLED, [], ONE_FAMILY], 384)
+    segments = packed.pack([RAGGED, FILLED, [], ONE_GROUP], 384)
     arrays, weight = inputs(segments, 2, 2)
     mesh = sharding.make_mesh(config.MeshConfig(2, 2, 2))
     put = lambda x, *axes: sharding.to_global(x, jax.NamedSharding(mesh, sharding.spec(axes)))

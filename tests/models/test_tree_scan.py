@@ -5,13 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from igrpo_jax.models.segments import Chain, Family, dense_mask, pack
+from igrpo_jax.models.segments import Chain, PrefixGroup, dense_mask, pack
 from igrpo_jax.models.tree_scan import tree_scan
 
 SHARDS = [
-    [Family(0, [5, 1]), Family(2, [3, 9, 1]), Family(13, [8, 16]), Family(20, [11, 7]), Family(3, [])],
+    [
+        PrefixGroup(0, [5, 1]),
+        PrefixGroup(2, [3, 9, 1]),
+        PrefixGroup(13, [8, 16]),
+        PrefixGroup(20, [11, 7]),
+        PrefixGroup(3, []),
+    ],
     [],
-    [Family(100, [156])],  # ends with the packed sequence
+    [PrefixGroup(100, [156])],  # ends with the packed sequence
 ]
 
 
@@ -24,7 +30,7 @@ def sums(weight, state, tokens, count):
 @pytest.mark.parametrize("chunk", [4, 32, 300])
 def test_sums_along_each_chain(chunk):
     """Values, and gradients of inputs and of what all chunks share, all of whole numbers and so exact."""
-    shards = [[Family(9, [30])], SHARDS[2]] if chunk == 300 else SHARDS  # 256 packed tokens have two chunks of 300
+    shards = [[PrefixGroup(9, [30])], SHARDS[2]] if chunk == 300 else SHARDS  # 256 packed tokens have two chunks of 300
     segments = pack(shards, 256, chunk)
     chain = segments.chain
     inputs, slope = np.random.default_rng(0).integers(-9, 9, (2, len(shards), 256, 2)).astype(np.float32)
@@ -50,7 +56,7 @@ def test_sums_along_each_chain(chunk):
 
 def test_nothing_is_read_past_a_chunk():
     """Not even to be multiplied by zero: what is no number elsewhere stays there."""
-    chain = pack([[Family(2, [3, 5])]], 128, 4).chain
+    chain = pack([[PrefixGroup(2, [3, 5])]], 128, 4).chain
     inputs = np.ones((1, 128, 2), np.float32)
     inputs[:, 3:8], inputs[:, 10:] = np.nan, np.nan  # the second completion, and padding
     results = tree_scan(sums, np.float32(1), (jnp.zeros(2), jnp.zeros(())), inputs, Chain(*map(jnp.asarray, chain)))

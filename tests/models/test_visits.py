@@ -6,25 +6,27 @@ import pytest
 
 from igrpo_jax.models import segments as packed
 from igrpo_jax.models import splash, visits
-from igrpo_jax.models.segments import Family
+from igrpo_jax.models.segments import PrefixGroup
 from igrpo_jax.models.visits import Lengths, Visits
 
 
-def arrays(families, size):
+def arrays(groups, size):
     """segment, parent and blocks of one packed sequence."""
-    segments = packed.pack([families], size)
+    segments = packed.pack([groups], size)
     return tuple(jnp.asarray(x[0]) for x in (segments.segment, segments.parent, segments.blocks))
 
 
-def random_families(rng, size):
-    """Families that fill a packed sequence of `size` tokens at most, of many short segments or of a few long ones."""
-    families, longest = [], rng.choice([4, 60, 400])
+def random_groups(rng, size):
+    """Groups that fill a packed sequence of `size` tokens at most, of many short segments or of a few long ones."""
+    groups, longest = [], rng.choice([4, 60, 400])
     while True:
-        family = Family(rng.integers(0, rng.choice([2, 300])), rng.integers(0, longest, rng.integers(1, 9)).tolist())
-        size -= family.tokens
-        if size < 0 or len(families) == 60:
-            return families
-        families.append(family)
+        group = PrefixGroup(
+            rng.integers(0, rng.choice([2, 300])), rng.integers(0, longest, rng.integers(1, 9)).tolist()
+        )
+        size -= group.tokens
+        if size < 0 or len(groups) == 60:
+            return groups
+        groups.append(group)
 
 
 @pytest.mark.parametrize("block", [128, 256, 512])
@@ -32,21 +34,21 @@ def test_they_hold_what_is_read(block):
     """What ids, intervals and visits together let the kernel read is the mask, and each key is read once."""
     rng, size = np.random.default_rng(block), 1024
     for _ in range(8):
-        families = random_families(rng, size)
-        segment, parent, blocks = arrays(families, size)
+        groups = random_groups(rng, size)
+        segment, parent, blocks = arrays(groups, size)
         needed = visits.visits(segment, parent, blocks, block)
         assert visits.fit(needed, visits.lengths(size // block)[1])
         query_ids, *key_ids = splash._ids(segment, parent)
         read = splash._reads(size)(splash._intervals(segment)[:, None], jnp.arange(2 * size))
         read &= query_ids[:, None] == jnp.concatenate(key_ids)
         read &= jnp.repeat(jnp.repeat(jnp.concatenate(needed, axis=1), block, axis=0), block, axis=1)
-        expected = packed.dense_mask(packed.pack([families], size))[0]
+        expected = packed.dense_mask(packed.pack([groups], size))[0]
         np.testing.assert_array_equal(read.reshape(size, 2, size).sum(axis=1), expected)
 
 
 def test_blocks_out_of_sight_are_not_visited():
-    """Two families with two blocks of completions and one of prefix each: [c c C C p P]."""
-    needed = visits.visits(*arrays([Family(128, [128, 128]), Family(128, [256])], 768), 128)
+    """Two groups with two blocks of completions and one of prefix each: [c c C C p P]."""
+    needed = visits.visits(*arrays([PrefixGroup(128, [128, 128]), PrefixGroup(128, [256])], 768), 128)
     assert np.argwhere(needed.own).tolist() == [[0, 0], [1, 1], [2, 2], [3, 2], [3, 3], [4, 4], [5, 5]]
     assert np.argwhere(needed.prefix).tolist() == [[0, 4], [1, 4], [2, 5], [3, 5]]
 
@@ -90,12 +92,12 @@ def test_a_row_repeats_its_last():
 @pytest.mark.parametrize("size, mean, longest, prompt", [(16384, 800, 4096, 300), (32768, 800, 4096, 1300)])
 def test_short_loops_are_enough_for_usual_lengths(size, mean, longest, prompt):
     """Groups of 8 completions of lognormal lengths."""
-    rng, families = np.random.default_rng(0), []
+    rng, groups = np.random.default_rng(0), []
     while True:
         lengths = np.clip(rng.lognormal(np.log(mean) - 0.32, 0.8, 8), 1, longest).astype(int)
-        families.append(Family(int(rng.integers(prompt // 2, 2 * prompt)), lengths.tolist()))
-        if sum(family.tokens for family in families) > size:
+        groups.append(PrefixGroup(int(rng.integers(prompt // 2, 2 * prompt)), lengths.tolist()))
+        if sum(group.tokens for group in groups) > size:
             break
-    needed = visits.visits(*arrays(families[:-1], size), 512)
+    needed = visits.visits(*arrays(groups[:-1], size), 512)
     short, full = visits.lengths(size // 512)
     assert visits.fit(needed, short) and short.keys * 2.5 < full.keys
