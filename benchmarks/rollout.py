@@ -83,7 +83,7 @@ class Bench:
             self.mesh,
             (self.model.vocab_size,),  # is never drawn
             slots=self.slots,
-            max_context=args.prompt_len,
+            longest_prompt=args.prompt_len,
             max_completion=args.new_tokens,
             dtype=args.dtype,
             steps_per_dispatch=args.steps_per_dispatch,

@@ -31,7 +31,7 @@ class Step:
         self._stages = stages
         with jax.set_mesh(stages.mesh):
             self._learner = Learner(
-                stages.config, stages.model, stages.mesh, max_context=stages.max_context, total_steps=1000
+                stages.config, stages.model, stages.mesh, longest_prompt=stages.longest_prompt, total_steps=1000
             )
         self.reset()
 

@@ -79,7 +79,7 @@ def settings(args: argparse.Namespace, drafts: int, generations: int, slots: int
     return config.freeze(tree)
 
 
-def make_engine(args: argparse.Namespace, model, mesh, slots: int, max_context: int, steps_per_dispatch: int):
+def make_engine(args: argparse.Namespace, model, mesh, slots: int, longest_prompt: int, steps_per_dispatch: int):
     """Returns an engine that never ends a completion early."""
     from igrpo_jax.sampling.engine import Engine
 
@@ -88,7 +88,7 @@ def make_engine(args: argparse.Namespace, model, mesh, slots: int, max_context: 
         mesh,
         (model.vocab_size,),  # an EOS that is never drawn
         slots=slots,
-        max_context=max_context,
+        longest_prompt=longest_prompt,
         max_completion=args.new_tokens,
         dtype=args.dtype,
         steps_per_dispatch=steps_per_dispatch,
@@ -134,11 +134,11 @@ def make_stages(
             self.config = settings(args, drafts, generations, slots, streamed)
             self.mesh = models.make_mesh()
             model = from_hf(models.raw_config(args), args.model or args.shape)
-            self.max_context = args.prompt_len + (args.new_tokens if drafts else 0)
+            self.longest_prompt = args.prompt_len + (args.new_tokens if drafts else 0)
             self.model = models.with_attention(model, args, self.mesh)
             steps_per_dispatch = self.config.rollout.steps_per_dispatch
             self.engine = engine or make_engine(
-                args, self.model, self.mesh, slots, self.max_context, steps_per_dispatch
+                args, self.model, self.mesh, slots, self.longest_prompt, steps_per_dispatch
             )
             self.scheduler = Prescribed(self.engine, jax.default_backend() != "cpu")
             rng = np.random.default_rng(0)

@@ -99,7 +99,7 @@ class Bench:
         self.rows = update_rows.make_rows(args, model.vocab_size)
         self.groups = self.rows.groups()
         with jax.set_mesh(self.mesh):
-            self.learner = Learner(settings(args), self.model, self.mesh, max_context=args.prefix, total_steps=100)
+            self.learner = Learner(settings(args), self.model, self.mesh, longest_prompt=args.prefix, total_steps=100)
             self.state = self.learner.init(self._load(args))
 
     def _load(self, args: argparse.Namespace):

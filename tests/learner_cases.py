@@ -17,10 +17,10 @@ from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.packing import MicroBatch, Piece
 from igrpo_jax.records import Completion, Group, Prompt, Score
 
-TEMPERATURE, MAX_CONTEXT, MAX_COMPLETION = 0.9, 20, 18
+TEMPERATURE, LONGEST_PROMPT, MAX_COMPLETION = 0.9, 20, 18
 CONTEXTS = (18, 1, 20, 19, 17, 5, 18, 20)  # three prefixes of up to 16 positions, five of more
 P, G = len(CONTEXTS), 4
-ROW = MAX_CONTEXT + MAX_COMPLETION
+ROW = LONGEST_PROMPT + MAX_COMPLETION
 WHOLE = 768  # tokens of the micro-batch that holds every unit: 8 x (19 + 4 x 18), rounded up
 DEFAULTS = {
     "prompts_per_step": P,
@@ -63,7 +63,7 @@ def make_learner(model, mesh=None, **changes):
     tree = config.default()
     tree.update_from_flattened_dict(DEFAULTS | {name.replace("__", "."): x for name, x in changes.items()})
     mesh = sharding.make_mesh(mesh or config.MeshConfig(), None if mesh else jax.devices()[:1])
-    return Learner(config.freeze(tree), model, mesh, max_context=MAX_CONTEXT, total_steps=10), mesh
+    return Learner(config.freeze(tree), model, mesh, longest_prompt=LONGEST_PROMPT, total_steps=10), mesh
 
 
 def one_batch(packer, units, size=WHOLE):

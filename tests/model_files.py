@@ -51,7 +51,7 @@ HYBRID = {  # of save_byte_model
 }
 
 
-def save_byte_model(path, context=2048, **settings):
+def save_byte_model(path, max_positions=2048, **settings):
     """Writes a tiny random Llama with a tokenizer of one token per byte and a chat template; it needs no torch.
 
     Args:
@@ -66,7 +66,7 @@ def save_byte_model(path, context=2048, **settings):
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
     tokenizer.save_pretrained(path)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    shape |= {"vocab_size": len(vocabulary), "max_position_embeddings": context, "rms_norm_eps": 1e-5}
+    shape |= {"vocab_size": len(vocabulary), "max_position_embeddings": max_positions, "rms_norm_eps": 1e-5}
     settings = shape | {"model_type": "llama", "eos_token_id": len(letters)} | settings
     (path / "config.json").write_text(json.dumps(settings))
     cfg = from_hf(settings, "config.json")

@@ -39,7 +39,7 @@ class Sampler:
 
     def __init__(self, tensor, cfg, devices=None):
         mesh = sharding.make_mesh(config.MeshConfig(), devices)
-        sizes = {"slots": 8, "max_context": 24, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 2}
+        sizes = {"slots": 8, "longest_prompt": 24, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 2}
         self.engine = Engine(cfg, mesh, (0, 17), tensor=tensor, pages=6, page_size=8, **sizes)
         self.scheduler = Scheduler(self.engine, ahead=1)
         host = tiny_models.random_params(cfg)

@@ -130,7 +130,7 @@ class Checked:
         from igrpo_jax.sampling.scheduler import Scheduler
         from igrpo_jax.sampling.state import Sampling
 
-        lengths = {"max_context": reference.PREFIX, "max_completion": reference.COMPLETION}
+        lengths = {"longest_prompt": reference.PREFIX, "max_completion": reference.COMPLETION}
         never = (self.cfg.vocab_size,)  # an EOS that is not drawn
         own = attention.choose("auto", self.mesh, dtype, self.cfg.head_dim)
         cfg = dataclasses.replace(self.cfg, attention=own)

@@ -91,7 +91,8 @@ def head(footprint: "Footprint") -> list[str]:
         f"{name}, {footprint.cfg.num_params / 1e9:.2f} B parameters, {config.model.dtype}; "
         f"{mesh.size} x {footprint.chip.name} in {processes} process{'es' * (processes > 1)} ({sizes})",
         f"sampling with {overview.sampling_layout(footprint.engine)}",
-        f"contexts of up to {footprint.max_context:,} tokens, completions of {config.rollout.max_completion_length:,}, "
+        f"contexts of up to {footprint.longest_prompt:,} tokens, "
+        f"completions of {config.rollout.max_completion_length:,}, "
         f"attention {footprint.cfg.attention}",
         f"on each device: {', '.join(f'{name} {size(count)}' for name, count in footprint.resident.items())} of "
         f"{slots.pages:,} pages of {slots.page_size} tokens for {slots.shard_slots} slots; together "

@@ -36,7 +36,7 @@ from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.row_sync import SyncProgram
-from igrpo_jax.session.task import check_context, open_run_engine
+from igrpo_jax.session.task import check_positions, open_run_engine
 from igrpo_jax.storage import addresses
 
 
@@ -89,7 +89,7 @@ class Footprint:
     engine: Engine
     sampler: SamplerPrograms  # of one team of processes
     syncs: list[SyncProgram]  # what makes the rollout copy of the weights
-    max_context: int  # tokens of the longest q or q'
+    longest_prompt: int  # tokens of the longest q or q'
     programs: list[ProgramFootprint] = field(default_factory=list)
 
     def fit_pages(self) -> None:
@@ -151,7 +151,7 @@ class Footprint:
     def over_dcn(self) -> float:
         """Bytes that a device receives from other slices in a step in which every completion is as long as allowed."""
         calls = {sync.program: sync.calls for sync in self.syncs}
-        calls |= self._update_calls(self.max_context, self.config.rollout.max_completion_length)
+        calls |= self._update_calls(self.longest_prompt, self.config.rollout.max_completion_length)
         most = lambda program: max((part.over_dcn for part in self.programs if part.program is program), default=0.0)
         # Groups of the sampler lie within a slice, and exchange nothing with others.
         return sum(most(program) * times for program, times in calls.items())
@@ -173,7 +173,7 @@ class Footprint:
         """
         algorithm, prompt = self.config.algorithm, self.config.data.max_prompt_length
         length = math.ceil(self.config.rollout.max_completion_length * part)
-        context = prompt + math.ceil((self.max_context - prompt) * part)
+        context = prompt + math.ceil((self.longest_prompt - prompt) * part)
         synced = [self._calls(sync.program, sync.program.shapes[0], sync.calls) for sync in self.syncs]
         parts = {"weights": (sum(seconds for seconds, _ in synced), max(synced)[1])}
         parts |= self._sampling("drafts", prompt, algorithm.num_drafts, length)
@@ -265,24 +265,26 @@ def prepare(config: Config, devices: list) -> Footprint:
         InputError: a kind of device whose figures are not known, or settings that a run would refuse too.
     """
     cfg = describe(config.model)
-    context = cfg.max_position_embeddings
+    max_positions = cfg.max_position_embeddings
     drafted = most_overhead(config.refine, min(config.draft_limit, config.rollout.max_completion_length))
-    max_context = config.data.max_prompt_length + (drafted if config.algorithm.num_drafts else 0)
-    check_context(config, context, max_context)
+    longest_prompt = config.data.max_prompt_length + (drafted if config.algorithm.num_drafts else 0)
+    check_positions(config, max_positions, longest_prompt)
     max_new_tokens = config.evaluation.max_completion_length or config.rollout.max_completion_length
-    evaluation_plan = planning.Plan({}, context, 0, 0, max_new_tokens)
+    evaluation_plan = planning.Plan({}, max_positions, 0, 0, max_new_tokens)
     if config.evaluation.every:
         drafted = most_overhead(config.refine, min(config.draft_limit, max_new_tokens))
         longest = config.data.max_prompt_length + (drafted if config.evaluation.rounds else 0)
-        evaluation_plan = replace(evaluation_plan, max_context=longest, max_completion=min(max_new_tokens, context - 1))
+        evaluation_plan = replace(
+            evaluation_plan, longest_prompt=longest, max_completion=min(max_new_tokens, max_positions - 1)
+        )
     mesh = sharding.make_mesh(config.mesh, devices)
     cfg = fit_to_mesh(config, cfg, mesh)
     chip = chips.of(devices[0].device_kind)
-    learner = Learner(config, cfg, mesh, max_context=max_context, total_steps=config.steps or 1)
+    learner = Learner(config, cfg, mesh, longest_prompt=longest_prompt, total_steps=config.steps or 1)
     memory = int(chip.hbm_bytes) - learner.resident_bytes
-    engine = open_run_engine(config, cfg, mesh, (cfg.vocab_size - 1,), max_context, evaluation_plan, memory)
+    engine = open_run_engine(config, cfg, mesh, (cfg.vocab_size - 1,), longest_prompt, evaluation_plan, memory)
     syncs = engine.sync.programs(learner.abstract_policy())
-    return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(engine, cfg, mesh), syncs, max_context)
+    return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(engine, cfg, mesh), syncs, longest_prompt)
 
 
 def _of_team(engine: Engine, cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> SamplerPrograms:

@@ -140,7 +140,7 @@ def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan)
         mesh,
         policy.eos_ids,
         memory,
-        max_context=plan.max_context,
+        longest_prompt=plan.longest_prompt,
         max_completion=plan.max_completion,
         length=plan.length,
     )

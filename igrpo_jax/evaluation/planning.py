@@ -24,22 +24,22 @@ class Plan:
     """The prompts of an evaluation, and the lengths in tokens that a sampler needs for them."""
 
     prompts: dict[str, list[Prompt]]  # by benchmark
-    context: int  # tokens of the model's context
-    max_context: int  # tokens of the longest prompt, with a draft in it where there are rounds
+    max_positions: int  # tokens of the longest sequence that the model takes
+    longest_prompt: int  # tokens of the longest prompt, with a draft in it where there are rounds
     max_completion: int  # tokens of the longest completion that any prompt leaves space for
     max_new_tokens: int  # tokens that a completion may have where the model's context allows it
 
     @property
     def length(self) -> int:
         """Most tokens of a prompt and its completion."""
-        return min(self.max_context + self.max_completion, self.context)
+        return min(self.longest_prompt + self.max_completion, self.max_positions)
 
     def limit(self, tokens: np.ndarray) -> int:
         """Returns the most tokens of a completion of this prompt [L]: up to the model's context.
 
         It does not depend on the other prompts, so that a sample depends only on its own prompt.
         """
-        return min(self.max_new_tokens, self.context - len(tokens))
+        return min(self.max_new_tokens, self.max_positions - len(tokens))
 
     def first(self, config: Config) -> tuple[list[int], int]:
         """Returns the token count of each prompt of the first benchmark, and the number of completions per prompt."""
@@ -60,21 +60,21 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """What a user should know before the first answer."""
-        shortest = self.context - self.max_context
+        shortest = self.max_positions - self.longest_prompt
         if shortest >= self.max_new_tokens:
             return []
         return [
-            f"completions end at the model's context of {self.context} tokens, {shortest} tokens after the longest "
+            f"completions end at the model's context of {self.max_positions} tokens, {shortest} tokens after the longest "
             f"prompt, not at {self.max_new_tokens}"
         ]
 
 
-def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, context: int) -> Plan:
+def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, max_positions: int) -> Plan:
     """Returns the plan with the prompts of all problems; none is left out.
 
     Args:
         rows: problems by benchmark.
-        context: tokens of the model's context.
+        max_positions: tokens of the longest sequence that the model takes.
 
     Raises:
         InputError: a prompt leaves no space for an answer in the model's context.
@@ -89,17 +89,17 @@ def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, co
     lengths = [(len(prompt.tokens), name, prompt.id) for name, some in prompts.items() for prompt in some]
     max_new_tokens = config.evaluation.max_completion_length or config.rollout.max_completion_length
     if not lengths:
-        return Plan(prompts, context, 0, 0, max_new_tokens)
+        return Plan(prompts, max_positions, 0, 0, max_new_tokens)
     longest, name, problem = max(lengths)
     if config.evaluation.rounds:
         longest += renderer.draft_overhead(max_new_tokens, [row.question for some in rows.values() for row in some])
-    if longest >= context:
+    if longest >= max_positions:
         drafts = " with a draft (at most config.refine.max_draft_length)" if config.evaluation.rounds else ""
         raise InputError(
-            f"problem {problem} of {name} has {longest} tokens{drafts}, and the model's context of {context} leaves no "
-            "room for an answer; use a model with a longer one, or leave it out"
+            f"problem {problem} of {name} has {longest} tokens{drafts}, and the model's context of {max_positions} "
+            "leaves no room for an answer; use a model with a longer one, or leave it out"
         )
-    return Plan(prompts, context, longest, min(max_new_tokens, context - min(lengths)[0]), max_new_tokens)
+    return Plan(prompts, max_positions, longest, min(max_new_tokens, max_positions - min(lengths)[0]), max_new_tokens)
 
 
 def samples_per_problem(config: Config, name: str) -> int:

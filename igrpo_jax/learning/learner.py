@@ -42,7 +42,7 @@ class Learner:
     """The update for one model, mesh and objective.
 
     Args:
-        max_context: tokens of the longest q or q'.
+        longest_prompt: tokens of the longest q or q'.
         total_steps: steps of the whole run, for the learning rate.
 
     Attributes:
@@ -51,7 +51,7 @@ class Learner:
     """
 
     def __init__(
-        self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, *, max_context: int, total_steps: int
+        self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, *, longest_prompt: int, total_steps: int
     ):
         self._config = config
         self._settings = config.learner
@@ -63,7 +63,7 @@ class Learner:
         self._reference: decoder.Params | None = None
         self.objective = objectives.resolve(config.algorithm)
         self.optimizer_steps_per_update = config.optimizer_steps_per_update
-        shapes = MicroShapes(config, sharding.batch_shards(mesh), max_context)
+        shapes = MicroShapes(config, sharding.batch_shards(mesh), longest_prompt)
         width = spans.width(cfg, mesh.shape["tensor"])
         self.packer = Packer(self.objective, shapes, cfg.mamba.chunk_size if cfg.mamba else None, width)
         total_optimizer_steps = total_steps * self.optimizer_steps_per_update

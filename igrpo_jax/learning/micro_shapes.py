@@ -19,7 +19,7 @@ class MicroShapes:
 
     Args:
         shards: ways in which the batch is split over devices.
-        max_context: tokens of the longest q or q'.
+        longest_prompt: tokens of the longest q or q'.
 
     Attributes:
         sizes: tokens of a micro-batch on each shard, the largest first.
@@ -28,7 +28,7 @@ class MicroShapes:
         unit: the longest unit: tokens of its prefix, number of its completions, and tokens of each completion.
     """
 
-    def __init__(self, config: Config, shards: int, max_context: int):
+    def __init__(self, config: Config, shards: int, longest_prompt: int):
         self.shards = shards
         self.max_completion = config.rollout.max_completion_length
         minibatches = config.learner.minibatches
@@ -39,7 +39,7 @@ class MicroShapes:
         self.completions_per_unit = (
             _most_completions_per_unit(groups, rows, minibatches, shards) if config.learner.shared_prefix else 1
         )
-        self.unit = (max_context - 1, self.completions_per_unit, self.max_completion)
+        self.unit = (longest_prompt - 1, self.completions_per_unit, self.max_completion)
         units = -(-max(rows) // self.completions_per_unit // minibatches // shards)  # on the fullest shard
         most = units * (self.unit[0] + self.completions_per_unit * self.max_completion)
         least = self.unit[0] + self.max_completion  # a context and one completion stay together

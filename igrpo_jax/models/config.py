@@ -17,7 +17,7 @@ class RopeScaling:
     factor: float  # by which frequencies of few turns are divided
     low_freq_factor: float  # up to this many turns, a frequency is divided by the full factor
     high_freq_factor: float  # from this many turns on, a frequency is kept
-    original_max_position_embeddings: int  # tokens of context before it was extended
+    original_max_position_embeddings: int  # that of the model before it was extended
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DecoderConfig:
     rms_norm_eps: float
     qkv_bias: bool
     tie_embeddings: bool
-    max_position_embeddings: int  # tokens of context
+    max_position_embeddings: int  # tokens of the longest sequence
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False  # whether each head of q and k is normalised before rotation
     mlp: str = "swiglu"  # or "relu2", which has no gate
@@ -176,10 +176,10 @@ def _rope_scaling(rope: dict, source: str) -> RopeScaling | None:
     refuse(kind in ("default", "llama3"), source, "rope type", kind, "default or llama3")
     if kind == "default":
         return None
-    context = rope["original_max_position_embeddings"]
+    original = rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     refuse(high > low, source, "high_freq_factor", high, f"above low_freq_factor = {low}")
-    return RopeScaling(float(rope["factor"]), float(low), float(high), context)
+    return RopeScaling(float(rope["factor"]), float(low), float(high), original)
 
 
 # Newer versions of Nemotron-H's config.json have a list of names instead of the pattern.

@@ -58,13 +58,13 @@ def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
         InputError: settings that do not fit the model or the devices.
     """
     task, config, policy = asked.task, asked.task.config, asked.task.policy
-    sizes = {"max_context": task.max_context, "total_steps": 1}
+    sizes = {"longest_prompt": task.longest_prompt, "total_steps": 1}
     learner = Learner(learner_config(config), policy.model, task.mesh, **sizes)
     memory = device_bytes()
     memory = memory and memory - learner.resident_bytes
     config = with_slots_for(config, task.mesh, len(asked.prompts) * asked.samples)
     plan = task.evaluation_plan
-    engine = open_run_engine(config, policy.model, task.mesh, policy.eos_ids, task.max_context, plan, memory)
+    engine = open_run_engine(config, policy.model, task.mesh, policy.eos_ids, task.longest_prompt, plan, memory)
     return learner, engine
 
 

@@ -16,7 +16,7 @@ def open_engine(
     eos_ids: tuple[int, ...],
     memory: int | None,
     *,
-    max_context: int,
+    longest_prompt: int,
     max_completion: int,
     length: int,
 ) -> Engine:
@@ -31,7 +31,7 @@ def open_engine(
         eos_ids,
         tensor=config.rollout.mesh.tensor,
         slots=config.rollout.slots,
-        max_context=max_context,
+        longest_prompt=longest_prompt,
         max_completion=max_completion,
         length=length,
         dtype=config.model.dtype,

@@ -43,7 +43,7 @@ class Engine:
         mesh: the mesh of the run, which the weights come from.
         tensor: devices that share one copy of the weights; None = those of `choose_tensor`.
         slots: completions decoded at once, over all processes.
-        max_context: longest prompt in tokens.
+        longest_prompt: longest prompt in tokens.
         max_completion: most tokens of a completion (M).
         length: most tokens of the two together; None = their sum.
         steps_per_dispatch: decode steps of one call at most (K).
@@ -76,7 +76,7 @@ class Engine:
         *,
         tensor: int | None = None,
         slots: int,
-        max_context: int,
+        longest_prompt: int,
         max_completion: int,
         length: int | None = None,
         dtype: str,
@@ -86,7 +86,7 @@ class Engine:
         memory: float | None = None,
         prefill_chunk: int = 2048,
     ):
-        length = length or max_context + max_completion
+        length = length or longest_prompt + max_completion
         page_size = page_size or PAGE_SIZE.get(mesh.devices.flat[0].platform, OTHER_PAGE_SIZE)
         if tensor is None:
             limits = {"slots": slots, "length": length, "lanes": LANES, "page_size": page_size, "memory": memory}
@@ -108,7 +108,7 @@ class Engine:
             pages=pages,
             page_size=page_size,
             length=length,
-            max_context=max_context,
+            longest_prompt=longest_prompt,
             max_completion=max_completion,
             steps_per_dispatch=steps_per_dispatch,
             prefill_chunk=prefill_chunk,

@@ -46,7 +46,7 @@ def chunk(sizes: Sizes, size: int, pieces: Sequence[Sequence[PromptChunk]]) -> C
         return piece._replace(lane=piece.lane + part * sizes.lanes, pages=pages)
 
     groups = len(pieces) // sizes.parts
-    lanes, table_pages = sizes.parts * sizes.lanes, pages_for(sizes.max_context, sizes.page_size)
+    lanes, table_pages = sizes.parts * sizes.lanes, pages_for(sizes.longest_prompt, sizes.page_size)
     made = Chunk(
         tokens=np.zeros((groups, size), np.int32),
         length=np.ones((groups, lanes), np.int32),

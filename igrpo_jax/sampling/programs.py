@@ -190,7 +190,7 @@ class SamplerPrograms:
         return windows.abstract(self._cfg, rows, window_length, page_size, dtype, self._mesh)
 
     def _chunk(self, size: int) -> Chunk:
-        lanes, pages = self.sizes.parts * self.sizes.lanes, pages_for(self.sizes.max_context, self.sizes.page_size)
+        lanes, pages = self.sizes.parts * self.sizes.lanes, pages_for(self.sizes.longest_prompt, self.sizes.page_size)
         ints = self._ints
         return Chunk(
             tokens=ints(size),

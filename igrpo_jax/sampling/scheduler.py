@@ -137,12 +137,12 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queues a prompt. Raises InputError, before any device work, where it does not fit."""
         sizes, longest = self.engine.sizes, int(np.max(request.limit, initial=0))
-        fits = 0 < len(request.tokens) <= sizes.max_context and longest <= sizes.max_completion
+        fits = 0 < len(request.tokens) <= sizes.longest_prompt and longest <= sizes.max_completion
         fits = fits and len(request.tokens) + longest <= sizes.length
         if not fits or np.min(request.limit, initial=1) < 1:
             raise InputError(
                 f"prompt {request.index}: {len(request.tokens)} + {longest} tokens do not fit the cache of "
-                f"{sizes.max_context} + {sizes.max_completion}, together {sizes.length}; lower "
+                f"{sizes.longest_prompt} + {sizes.max_completion}, together {sizes.length}; lower "
                 "config.data.max_prompt_length, config.refine.max_draft_length or config.rollout.max_completion_length"
             )
         if request.samples > 0:

@@ -39,7 +39,7 @@ class Sizes:
     pages: int  # pages of each shard, or of each part
     page_size: int  # positions of a page
     length: int  # most tokens of a prompt and its completion
-    max_context: int  # tokens of the longest prompt
+    longest_prompt: int  # tokens of the longest prompt
     max_completion: int  # most tokens of a completion (M)
     steps_per_dispatch: int  # decode steps of one call at most (K)
     prefill_chunk: int  # tokens of a shard that are prefilled at once, at most
@@ -102,7 +102,7 @@ def _row_counts(slots: int) -> list[int]:
 
 def chunk_sizes(sizes: Sizes, platform: str) -> tuple[int, ...]:
     """Returns numbers of tokens of a chunk, multiples of BLOCK: one, or on a CPU some, because padding costs there."""
-    longest = min(sizes.prefill_chunk, sizes.parts * sizes.lanes * sizes.max_context)
+    longest = min(sizes.prefill_chunk, sizes.parts * sizes.lanes * sizes.longest_prompt)
     largest = -(-longest // BLOCK) * BLOCK
     smaller = itertools.takewhile(lambda size: size < largest, (BLOCK << 2 * i for i in range(16)))
     return (*smaller, largest) if platform == "cpu" else (largest,)

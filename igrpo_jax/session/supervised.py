@@ -62,7 +62,7 @@ class SupervisedTask:
     mesh: jax.sharding.Mesh
     examples: list[Example]
     notes: list[tuple[str, str]]
-    max_context: int  # tokens of the longest prompt, with a draft in it where drafts are shown
+    longest_prompt: int  # tokens of the longest prompt, with a draft in it where drafts are shown
     total_steps: int
 
     @functools.cached_property
@@ -134,27 +134,27 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
     check_prompts_per_step(config, len(examples), skipped if len(examples) == len(kept) else 0)
     left_out = skipped + len(kept) - len(examples)
     notes += [("too long", f"{left_out:,} of {len(found):,}, left out")] * bool(left_out)
-    max_context = max(len(example.prompt.tokens) for example in examples)
+    longest_prompt = max(len(example.prompt.tokens) for example in examples)
     if config.sft.draft_fraction:
         drafts = max((len(draft.tokens) for example in examples for draft in example.drafts), default=0)
-        max_context += renderer.draft_overhead(drafts, [example.prompt.question for example in examples])
-    context = policy.model.max_position_embeddings
-    if max_context + longest > context:
+        longest_prompt += renderer.draft_overhead(drafts, [example.prompt.question for example in examples])
+    max_positions = policy.model.max_position_embeddings
+    if longest_prompt + longest > max_positions:
         raise InputError(
-            f"config.rollout.max_completion_length = {longest}: with prompts of up to {max_context} tokens it exceeds "
-            f"the model's context of {context}; lower it, or config.data.max_prompt_length"
+            f"config.rollout.max_completion_length = {longest}: with prompts of up to {longest_prompt} tokens it "
+            f"exceeds the model's context of {max_positions}; lower it, or config.data.max_prompt_length"
         )
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
     steps = config.steps or max(1, int(config.epochs * len(examples) / config.prompts_per_step))
-    return SupervisedTask(config, policy, renderer, mesh, examples, notes, max_context, steps)
+    return SupervisedTask(config, policy, renderer, mesh, examples, notes, longest_prompt, steps)
 
 
 def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
     """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
     config, total = task.config, task.total_steps
     made_for = supervised.learner_config(config)
-    learner = Learner(made_for, task.policy.model, task.mesh, max_context=task.max_context, total_steps=total)
+    learner = Learner(made_for, task.policy.model, task.mesh, longest_prompt=task.longest_prompt, total_steps=total)
     cluster.from_first(functools.partial(_check, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
     claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, task)))

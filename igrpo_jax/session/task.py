@@ -44,7 +44,7 @@ class Task:
     skipped: int  # training prompts longer than config.data.max_prompt_length
     notes: list[tuple[str, str]]  # findings in the training set, and what rewards gave at their first call
     evaluation_plan: planning.Plan
-    max_context: int  # tokens of the longest q or q' in training
+    longest_prompt: int  # tokens of the longest q or q' in training
     total_steps: int
 
     @functools.cached_property
@@ -94,14 +94,14 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     kept, skipped = problems.fit(training.rows, renderer.plain, config.data.max_prompt_length)
     prompts = [Prompt(row.id, row.index, row.question, row.answer, tokens, row.columns) for row, tokens in kept]
     check_prompts_per_step(config, len(prompts), skipped)
-    max_context = max(len(prompt.tokens) for prompt in prompts)
+    longest_prompt = max(len(prompt.tokens) for prompt in prompts)
     if config.algorithm.num_drafts:
         questions = [prompt.question for prompt in prompts]
-        max_context += renderer.draft_overhead(config.rollout.max_completion_length, questions)
-    context = policy.model.max_position_embeddings
-    check_context(config, context, max_context)
+        longest_prompt += renderer.draft_overhead(config.rollout.max_completion_length, questions)
+    max_positions = policy.model.max_position_embeddings
+    check_positions(config, max_positions, longest_prompt)
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
-    evaluation_plan = planning.make_plan(config, asked, renderer, context)
+    evaluation_plan = planning.make_plan(config, asked, renderer, max_positions)
     check_best_metric(config, evaluation_plan)
     notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
     notes += rehearsed_judge(config.rewards.judge, prompts[0], renderer.opening) + budget
@@ -116,7 +116,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     batches = max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
     steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
     check_profiled(config.log, steps)
-    return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluation_plan, max_context, steps)
+    return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluation_plan, longest_prompt, steps)
 
 
 def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str) -> list[tuple[str, str]]:
@@ -253,13 +253,13 @@ def check_best_metric(config: Config, plan: planning.Plan) -> None:
         raise InputError(f"config.checkpoint.best_metric = {name!r}: evaluations write no such metric; {fix}")
 
 
-def check_context(config: Config, context: int, max_context: int) -> None:
-    """Raises InputError if the longest q or q' (`max_context` tokens) and a completion exceed `context` tokens."""
-    tokens = max_context + config.rollout.max_completion_length
-    if tokens > context:
+def check_positions(config: Config, max_positions: int, longest_prompt: int) -> None:
+    """Raises InputError if the longest q or q' (`longest_prompt` tokens) and a completion exceed `max_positions`."""
+    tokens = longest_prompt + config.rollout.max_completion_length
+    if tokens > max_positions:
         raise InputError(
             f"config.rollout.max_completion_length: prompt, draft and completion may reach {tokens} tokens, but the "
-            f"model's context is {context}; lower rollout.max_completion_length, data.max_prompt_length or "
+            f"model's context is {max_positions}; lower rollout.max_completion_length, data.max_prompt_length or "
             "refine.max_draft_length"
         )
 
@@ -269,7 +269,7 @@ def open_run_engine(
     model: DecoderConfig,
     mesh: jax.sharding.Mesh,
     eos_ids: tuple[int, ...],
-    max_context: int,
+    longest_prompt: int,
     plan: planning.Plan,
     memory: int | None,
 ) -> Engine:
@@ -285,7 +285,7 @@ def open_run_engine(
         mesh,
         eos_ids,
         memory,
-        max_context=max(max_context, plan.max_context),
+        longest_prompt=max(longest_prompt, plan.longest_prompt),
         max_completion=max(config.rollout.max_completion_length, plan.max_completion),
-        length=max(max_context + config.rollout.max_completion_length, plan.length),
+        length=max(longest_prompt + config.rollout.max_completion_length, plan.length),
     )

@@ -134,7 +134,7 @@ def test_a_reference_waits_too():
     for beta in (0.0, 0.1):
         c = whole_runs.settings(**SETTINGS | {"mesh.tensor": 1, "algorithm.beta": beta})
         model = footprint.describe(c.model)
-        learner = footprint.Learner(c, model, mesh, max_context=64, total_steps=1)
+        learner = footprint.Learner(c, model, mesh, longest_prompt=64, total_steps=1)
         waiting[beta] = learner.programs.waiting_bytes
     size = tree_bytes(learner.programs.state.params)
     assert [x - size for x in waiting[0.1]] == list(waiting[0.0])

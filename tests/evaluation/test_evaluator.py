@@ -87,7 +87,7 @@ def policy():
 @pytest.fixture(scope="module")
 def schedulers(policy):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    sizes = {"max_context": 32, "max_completion": LENGTH, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"longest_prompt": 32, "max_completion": LENGTH, "dtype": "float32", "steps_per_dispatch": 4}
     return {n: Scheduler(Engine(policy.model, mesh, policy.eos_ids, slots=n, **sizes)) for n in (8, 3)}
 
 
@@ -99,11 +99,11 @@ def params(policy, schedulers):
 
 @pytest.fixture
 def evaluator(policy, schedulers):
-    def make(slots=8, stop_after=None, rows=None, context=100, **changes):
+    def make(slots=8, stop_after=None, rows=None, max_positions=100, **changes):
         c = settings(**changes)
         scheduler = Scheduler(schedulers[slots].engine)
         renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
-        plan = planning.make_plan(c, rows or ROWS, renderer, context)
+        plan = planning.make_plan(c, rows or ROWS, renderer, max_positions)
         return Evaluator(c, plan, scheduler, renderer, StubVerifier(stop_after), Console())
 
     return make
@@ -262,10 +262,10 @@ def test_a_sample_depends_on_seed_benchmark_problem_and_number_alone(evaluator, 
 @pytest.mark.slow
 def test_where_the_context_ends_a_sample_depends_on_its_own_prompt_alone(evaluator, params, policy):
     """A limit that all prompts share would cut the short ones where the longest ends, and by what is asked beside."""
-    context = len(evaluator().plan.prompts["small"][3].tokens) + 3
-    whole = evaluator(context=context).sampled(params, "small")
+    max_positions = len(evaluator().plan.prompts["small"][3].tokens) + 3
+    whole = evaluator(max_positions=max_positions).sampled(params, "small")
     assert max(row["token_count"] for row in whole.of(9)) == 3 < max(row["token_count"] for row in whole.of(6)) <= 8
-    alone = answers(evaluator(context=context, rows={"small": ROWS["small"][:1]}).sampled(params, "small"))
+    alone = answers(evaluator(max_positions=max_positions, rows={"small": ROWS["small"][:1]}).sampled(params, "small"))
     assert alone.items() <= answers(whole).items()
 
 
@@ -420,7 +420,7 @@ def test_the_plan_fits_the_models_context(policy):
     renderer = Renderer(policy.tokenizer, c.data, c.refine, c.draft_limit, policy.eos_ids)
     longest = max(len(renderer.plain(question)) for question in QUESTIONS)
     plan = planning.make_plan(c, ROWS, renderer, longest + LENGTH)
-    assert (plan.max_context, plan.max_completion, plan.notes) == (longest, LENGTH, [])
+    assert (plan.longest_prompt, plan.max_completion, plan.notes) == (longest, LENGTH, [])
     cut = planning.make_plan(c, ROWS, renderer, longest + 3)
     assert (cut.max_completion, cut.length) == (LENGTH, longest + 3)
     assert f"context of {longest + 3} tokens, 3 tokens after the longest prompt, not at {LENGTH}" in cut.notes[0]
@@ -428,10 +428,10 @@ def test_the_plan_fits_the_models_context(policy):
     with pytest.raises(InputError, match=f"problem row 3 of small has {longest} tokens, and the model's context"):
         planning.make_plan(c, ROWS, renderer, longest)
     refining = settings(evaluation__rounds=1)
-    short = planning.make_plan(refining, ROWS, renderer, 500).max_context
+    short = planning.make_plan(refining, ROWS, renderer, 500).longest_prompt
     assert short == longest + renderer.draft_overhead(4)
     keeps_all = Renderer(policy.tokenizer, c.data, c.refine, 400, policy.eos_ids)
-    assert planning.make_plan(refining, ROWS, keeps_all, 500).max_context == short - 4 + LENGTH  # of a draft
+    assert planning.make_plan(refining, ROWS, keeps_all, 500).longest_prompt == short - 4 + LENGTH  # of a draft
     assert planning.make_plan(c, {}, renderer, 10).max_completion == 0  # makes no cache larger
 
 

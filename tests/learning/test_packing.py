@@ -12,7 +12,7 @@ from igrpo_jax.learning.packing import MicroBatch, Packer, Piece
 from igrpo_jax.models import segments
 from igrpo_jax.records import Completion, Group, Prompt
 
-MAX_CONTEXT, MAX_COMPLETION = 100, 60
+LONGEST_PROMPT, MAX_COMPLETION = 100, 60
 LONGEST = 99 + 8 * 60  # tokens of the longest unit of a prompt and its 8 completions
 
 
@@ -21,7 +21,7 @@ def make_packer(shards=1, chunk=None, width=None, **changes):
     settings = {"prompts_per_step": 4, "rollout.max_completion_length": MAX_COMPLETION, "algorithm.num_generations": 8}
     tree.update_from_flattened_dict(settings | {name.replace("__", "."): x for name, x in changes.items()})
     c = config.freeze(tree)
-    return Packer(objectives.resolve(c.algorithm), MicroShapes(c, shards, MAX_CONTEXT), chunk, width)
+    return Packer(objectives.resolve(c.algorithm), MicroShapes(c, shards, LONGEST_PROMPT), chunk, width)
 
 
 def completion(i, tokens, finished=True):
@@ -41,7 +41,7 @@ def random_groups(rng, prompts=4, generations=8):
     for i in range(prompts):
         sizes = rng.integers(1, MAX_COMPLETION + 1, generations)
         rows = [completion(j, [1000 + i * generations + j, *range(size - 1)]) for j, size in enumerate(sizes)]
-        groups.append(make_group(rng.integers(0, 64, rng.integers(1, MAX_CONTEXT + 1)), rows))
+        groups.append(make_group(rng.integers(0, 64, rng.integers(1, LONGEST_PROMPT + 1)), rows))
     return groups
 
 

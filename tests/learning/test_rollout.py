@@ -124,7 +124,7 @@ def prompts(renderer):
 def schedulers(policy):
     """Schedulers by their number of slots; each is compiled once."""
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    sizes = {"max_context": 32, "max_completion": LENGTH, "dtype": "float32"}
+    sizes = {"longest_prompt": 32, "max_completion": LENGTH, "dtype": "float32"}
     with jax.set_mesh(mesh):
         engines = {
             slots: Engine(policy.model, mesh, policy.eos_ids, slots=slots, steps_per_dispatch=k, **sizes)

@@ -197,7 +197,7 @@ def test_the_sampler_draws_from_the_trainers_sum(tiny, mesh):
     """In bfloat16 both round the same sum: the weights are equal bit for bit, and log-probs but for the programs."""
     learner, mesh = lora_learner(tiny, MESHES[mesh], model__dtype="bfloat16")
     engine = Engine(
-        tiny[0], mesh, (0,), slots=8, max_context=20, max_completion=18, dtype="bfloat16", steps_per_dispatch=4
+        tiny[0], mesh, (0,), slots=8, longest_prompt=20, max_completion=18, dtype="bfloat16", steps_per_dispatch=4
     )
     adapters = adapters_like(config.LoraConfig(rank=3, alpha=6.0), tiny[0])
     with jax.set_mesh(mesh):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import completion, run_config
-from learner_cases import DEFAULTS, MAX_CONTEXT, TEMPERATURE, make_learner, put
+from learner_cases import DEFAULTS, LONGEST_PROMPT, TEMPERATURE, make_learner, put
 
 from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
@@ -159,7 +159,7 @@ def test_credited_refinements_are_shaped_as_they_are_trained_on(tiny, tmp_path):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     case = problem(0, {False: np.arange(1, 9, dtype=np.int32)}, kept=[False] * G)
     with jax.set_mesh(mesh):
-        built = Learner(learner_config(settings), tiny[0], mesh, max_context=MAX_CONTEXT, total_steps=1)
+        built = Learner(learner_config(settings), tiny[0], mesh, longest_prompt=LONGEST_PROMPT, total_steps=1)
         (each,) = Gradients(built, put(tiny[1], mesh), {}, Console(), tmp_path).measure([case], 1)
     size, gamma = 0.5 / (np.sqrt(1 / 3) + 1e-4), settings.algorithm.credit_gamma
     assert gamma == 0.1

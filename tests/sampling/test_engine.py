@@ -62,7 +62,7 @@ def sample(engine, params, requests, sampling):
 @pytest.fixture(scope="module")
 def engine(tiny):
     """All shapes have a program of their own, as those of a large model, although a step of this one does little."""
-    sizes = {"slots": 6, "max_context": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
+    sizes = {"slots": 6, "longest_prompt": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "_hardly_more", lambda work: work)
         return Engine(tiny[0], one_device(), EOS, **sizes)
@@ -191,7 +191,7 @@ def test_samples_differ_by_sample_prompt_and_key(engine, params, samples):
 def test_prompts_read_in_one_chunk_or_in_several_give_the_same_samples(tiny, attention, samples):
     """Chunks of 64 cut the prompts anywhere: several are in a chunk, and one goes on in the next two."""
     c = dataclasses.replace(tiny[0], attention=attention)
-    sizes = {"slots": 40, "max_context": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
+    sizes = {"slots": 40, "longest_prompt": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
     engine, calls = Engine(c, one_device(), EOS, **sizes, prefill_chunk=64), []
     prefill = engine.prefill
     engine.prefill = lambda *x: calls.append(x[3][0]) or prefill(*x)
@@ -210,7 +210,7 @@ def test_pages_read_in_place_give_the_same_samples_as_pages_side_by_side(monkeyp
     monkeypatch.setitem(paged.PAGED, "cudnn", functools.partial(paged.cudnn_paged_attention, implementation="xla"))
     c = tiny_models.tiny_config(head_dim=128, num_heads=2, num_kv_heads=2)
     host, results = tiny_models.random_params(c), []
-    sizes = {"slots": 3, "max_context": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 3, "longest_prompt": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     for attention in ("xla", "splash_interpret", "cudnn"):
         engine = Engine(dataclasses.replace(c, attention=attention), one_device(), EOS, **sizes, prefill_chunk=64)
         assert engine.programs.reads_pages == (attention != "xla")
@@ -263,7 +263,7 @@ def test_windows_lie_where_those_of_the_last_dispatch_lay(engine, params, reques
 def test_where_xla_allocates_windows_samples_are_the_same(engine, params, requests, samples):
     """As on accelerators that have no kernel for pages."""
     other = Engine(
-        engine.programs._cfg, engine.mesh, EOS, slots=6, max_context=110, max_completion=32, dtype="float32",
+        engine.programs._cfg, engine.mesh, EOS, slots=6, longest_prompt=110, max_completion=32, dtype="float32",
         steps_per_dispatch=16,
     )  # fmt: skip
     other.programs._on_cpu = False
@@ -277,7 +277,7 @@ def test_where_xla_allocates_windows_samples_are_the_same(engine, params, reques
 @pytest.mark.slow
 def test_memory_of_a_long_prefill_is_that_of_a_chunk(tiny):
     c = dataclasses.replace(tiny[0], attention="chunked", hidden_size=256, intermediate_size=1024)
-    sizes = {"slots": 1, "max_context": 4096, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 1, "longest_prompt": 4096, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
 
     def temporaries(chunk):
         engine = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk)
@@ -291,7 +291,7 @@ def test_memory_of_a_long_prefill_is_that_of_a_chunk(tiny):
 def test_programs_are_few(tiny, platform):
     """At most 20 on a CPU, and 8 elsewhere, for slots and lengths as of a real run."""
     engine = Engine(
-        tiny[0], one_device(), EOS, slots=128, max_context=5200, max_completion=4096, dtype="float32",
+        tiny[0], one_device(), EOS, slots=128, longest_prompt=5200, max_completion=4096, dtype="float32",
         steps_per_dispatch=16, pages=2000,
     )  # fmt: skip
     programs = engine.programs
@@ -304,7 +304,7 @@ def test_programs_are_few(tiny, platform):
 
 
 def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
-    sizes = {"slots": 2, "max_context": 40, "max_completion": 9, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 2, "longest_prompt": 40, "max_completion": 9, "dtype": "float32", "steps_per_dispatch": 4}
     with pytest.raises(InputError, match=r"config.rollout.pages = 4: .* 49 tokens, which need 5 pages of 16"):
         Engine(tiny[0], one_device(), EOS, **sizes, pages=4)
     assert Engine(tiny[0], one_device(), EOS, **sizes, pages=5).sizes.pages == 5
@@ -314,7 +314,7 @@ def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
 
 def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
     """A page of 16 tokens takes 16 x 2 x 2 heads x 8 x 4 bytes in each of the two layers, 4,096 bytes in all."""
-    sizes = {"slots": 4, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 4, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     pages = lambda memory: Engine(tiny[0], one_device(), EOS, **sizes, memory=memory).sizes.pages
     assert pages(None) == pages(1e9) == 4 * 4 + 4  # those of the slots, and a partly filled one of each lane
     weights, copied = 4 * tiny[0].num_params, 4 * 4  # decoding copies the pages of all slots
@@ -324,7 +324,7 @@ def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
 
 def test_pages_fill_what_the_compiler_leaves(tiny):
     """Of all programs together with a page more would not fit; nothing is compiled where memory is no bound."""
-    sizes = {"slots": 32, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 32, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     engine = Engine(tiny[0], one_device(), EOS, **sizes, memory=4 * tiny[0].num_params + 800_000, prefill_chunk=64)
     estimated = engine.sizes.pages
     engine.fit_pages()
@@ -347,14 +347,14 @@ def test_pages_fill_what_the_compiler_leaves(tiny):
 def test_pages_without_bytes_are_bound_by_no_memory(hybrid):
     """A model without attention keeps nothing in pages."""
     model = dataclasses.replace(hybrid[0], pattern="M-")
-    sizes = {"slots": 4, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 4, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     engine = Engine(model, one_device(), EOS, **sizes, memory=1e3)
     engine.fit_pages()
     assert engine.sizes.pages == engine.sizes.most_pages
 
 
 def test_the_code_of_all_programs_leaves_fewer_pages(tiny, monkeypatch):
-    sizes = {"slots": 32, "max_context": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 32, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     memory = 4 * tiny[0].num_params + 900_000
     programs = Engine(tiny[0], one_device(), EOS, **sizes, memory=memory, prefill_chunk=64).programs
     without, number = page_count.counted_pages(programs, memory), sum(len(program.shapes) for program in programs) - 2
@@ -370,7 +370,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid, monkeypatch):
     """
     monkeypatch.setattr(shapes, "_hardly_more", lambda work: work)
     c, host = hybrid
-    sizes = {"slots": 8, "max_context": 70, "max_completion": LIMIT, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 8, "longest_prompt": 70, "max_completion": LIMIT, "dtype": "float32", "steps_per_dispatch": 4}
     params, results = put(host, one_device()), []
     requests = [Request(prompt(length), length, 8, KEY, LIMIT) for length in (1, 16, 17, 33, 70)]
     full = forward_of(c, params)
@@ -392,7 +392,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid, monkeypatch):
 @pytest.mark.slow(seconds=10)
 def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
     c, host = hybrid
-    sizes = {"slots": 4, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 4, "longest_prompt": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     requests, results = [Request(prompt(length), length, 4, KEY, 8) for length in (5, 33)], []
     for mesh in (one_device(), sharding.make_mesh(config.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])):
         engine = Engine(c, mesh, EOS, **sizes)
@@ -408,7 +408,7 @@ def test_a_model_without_attention_samples_as_its_full_forward(hybrid):
     c = dataclasses.replace(hybrid[0], pattern="M-")
     params = {path: hybrid[1][path] for path in decoder.shapes(c)}
     params, requests = put(params, one_device()), [Request(prompt(length), length, 2, KEY, 8) for length in (3, 40)]
-    sizes = {"slots": 2, "max_context": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 2, "longest_prompt": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     for one in sample(Engine(c, one_device(), EOS, **sizes), params, requests, Sampling(0.8)).values():
         expected = log_softmax(forward_of(c, params)(one) / 0.8)[np.arange(len(one.tokens)), one.tokens]
         np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
@@ -429,7 +429,7 @@ def leaves_its_replica(line):
 @pytest.mark.slow
 def test_decoding_asks_no_other_shard(tiny):
     """No collective at all; with tensor parallelism only within a replica, but for the trip count all agree on."""
-    sizes = {"slots": 16, "max_context": 120, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 16, "longest_prompt": 120, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=4)), EOS, **sizes)
     programs = engine.programs
     assert len(block_ends(128, 16)) > 1
@@ -446,7 +446,7 @@ def test_decoding_asks_no_other_shard(tiny):
 
 def test_a_decode_step_computes_sines_once_for_all_sublayers(tiny):
     """Once before the loop for the first token, and once in it."""
-    sizes = {"slots": 2, "max_context": 8, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 2, "longest_prompt": 8, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     decode = Engine(tiny[0], one_device(), EOS, **sizes).programs.decode
     text = decode.compiled(*decode.shapes[-1]).as_text()
     assert tiny[0].pattern.count("*") > 1
@@ -455,7 +455,7 @@ def test_a_decode_step_computes_sines_once_for_all_sublayers(tiny):
 
 def test_weights_are_cast_and_gathered_once(tiny, monkeypatch):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    sizes = {"slots": 2, "max_context": 8, "max_completion": 8, "steps_per_dispatch": 4}
+    sizes = {"slots": 2, "longest_prompt": 8, "max_completion": 8, "steps_per_dispatch": 4}
     weights = Engine(tiny[0], mesh, EOS, dtype="bfloat16", **sizes).weights(put(tiny[1], mesh))
     assert {x.dtype for x in jax.tree.leaves(weights)} == {jnp.dtype(jnp.bfloat16)}
     # [N, H, D] = (4, 8, 32): whole over fsdp, heads over tensor.
@@ -473,7 +473,7 @@ def test_weights_are_cast_and_gathered_once(tiny, monkeypatch):
 def test_slots_must_divide_over_the_mesh(tiny):
     mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
     with pytest.raises(InputError, match=r"config\.rollout\.slots = 6: must be a multiple of .* = 4"):
-        Engine(tiny[0], mesh, EOS, slots=6, max_context=8, max_completion=8, dtype="float32", steps_per_dispatch=4)
+        Engine(tiny[0], mesh, EOS, slots=6, longest_prompt=8, max_completion=8, dtype="float32", steps_per_dispatch=4)
 
 
 def greedy_equals_generate(path, prompts, tokens):
@@ -482,7 +482,7 @@ def greedy_equals_generate(path, prompts, tokens):
     import transformers
 
     c, mesh = hf_files.load_config(str(path)), one_device()
-    sizes = {"slots": 2, "max_context": max(map(len, prompts)), "max_completion": tokens, "steps_per_dispatch": 16}
+    sizes = {"slots": 2, "longest_prompt": max(map(len, prompts)), "max_completion": tokens, "steps_per_dispatch": 16}
     engine = Engine(c, mesh, (c.vocab_size,), dtype="float32", **sizes)  # no EOS: all tokens are compared
     requests = [Request(np.asarray(one, np.int32), i, 1, KEY, tokens) for i, one in enumerate(prompts)]
     ours = sample(engine, hf_read.load_params(str(path), c, mesh), requests, Sampling(0.0))

@@ -9,7 +9,7 @@ from igrpo_jax.sampling.shapes import Sizes
 
 SLOTS, PARTS = 6, 2
 SIZES = Sizes(
-    shard_slots=SLOTS, pages=20, page_size=4, length=16, max_context=8, max_completion=8, steps_per_dispatch=2,
+    shard_slots=SLOTS, pages=20, page_size=4, length=16, longest_prompt=8, max_completion=8, steps_per_dispatch=2,
     prefill_chunk=8, parts=PARTS,
 )  # fmt: skip
 TABLES = [np.arange(SLOTS * 4, dtype=np.int32).reshape(SLOTS, 4) + 100 * shard for shard in range(2 * PARTS)]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="divides eight d
 
 EOS = (0, 17)
 KEY = stage_key(0, 1, 1)
-SIZES = {"slots": 8, "max_context": 24, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+SIZES = {"slots": 8, "longest_prompt": 24, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
 SAMPLINGS = (Sampling(0.8), Sampling(0.8, top_p=0.9, top_k=20), Sampling(0.0))
 HYBRID = tiny_models.hybrid_config()
 MAMBA = dataclasses.replace(HYBRID.mamba, num_heads=16, num_groups=8)

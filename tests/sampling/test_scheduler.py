@@ -30,7 +30,7 @@ SAMPLING = Sampling(0.9, 0.95)
 @functools.cache
 def make_engine(c, slots, steps_per_dispatch, mesh, **pages):
     """All shapes have a program of their own, as those of a large model, although a step of this one does little."""
-    sizes = {"slots": slots, "max_context": 110, "max_completion": 24, "steps_per_dispatch": steps_per_dispatch}
+    sizes = {"slots": slots, "longest_prompt": 110, "max_completion": 24, "steps_per_dispatch": steps_per_dispatch}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "_hardly_more", lambda work: work)
         return Engine(c, mesh, EOS, dtype="float32", **sizes, **pages)
@@ -261,7 +261,7 @@ def test_samples_of_a_prompt_share_its_full_pages(engine, tiny):
 def test_a_long_prompt_does_not_hold_up_the_others(tiny):
     """While most slots run, one chunk is read between two dispatches."""
     never = (tiny[0].vocab_size,)
-    sizes = {"slots": 4, "max_context": 200, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    sizes = {"slots": 4, "longest_prompt": 200, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     engine = Engine(tiny[0], one_device(), never, **sizes, prefill_chunk=64)
     order = []
     for name in ("prefill", "decode"):
@@ -402,7 +402,7 @@ given = np.load(sys.argv[3], allow_pickle=True)
 c, host = given["c"].item(), given["params"].item()
 mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2))
 params = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in host.items()}
-sizes = {"slots": 8, "max_context": 110, "max_completion": 24, "steps_per_dispatch": 16}
+sizes = {"slots": 8, "longest_prompt": 110, "max_completion": 24, "steps_per_dispatch": 16}
 scheduler = Scheduler(Engine(c, mesh, (0, 17, 40), dtype="float32", **sizes))
 assert scheduler.engine.slots == 4 and scheduler.engine.mesh.size == 2
 scheduler.start(params, Sampling(0.9, 0.95))

@@ -33,8 +33,8 @@ def request_of(index, tokens, limits):
 
 
 # Ranges of sizes. In small pools most samples are preempted, and prompts take several chunks to be prefilled anew.
-ANY = {"context": (1, 8), "completion": (1, 20), "page_size": (1, 4), "slots": (1, 5), "steps": (1, 4), "chunk": (1, 8)}
-TIGHT = ANY | {"context": (4, 8), "completion": (8, 20), "page_size": (1, 2), "slots": (2, 4), "steps": (1, 2)}
+ANY = {"prompt": (1, 8), "completion": (1, 20), "page_size": (1, 4), "slots": (1, 5), "steps": (1, 4), "chunk": (1, 8)}
+TIGHT = ANY | {"prompt": (4, 8), "completion": (8, 20), "page_size": (1, 2), "slots": (2, 4), "steps": (1, 2)}
 TIGHT |= {"chunk": (1, 2)}
 
 
@@ -46,8 +46,8 @@ def sizes_of(draw, ranges):
         shard_slots=drawn["slots"],
         pages=0,
         page_size=drawn["page_size"],
-        length=drawn["context"] + drawn["completion"],
-        max_context=drawn["context"],
+        length=drawn["prompt"] + drawn["completion"],
+        longest_prompt=drawn["prompt"],
         max_completion=drawn["completion"],
         steps_per_dispatch=drawn["steps"],
         prefill_chunk=drawn["chunk"],
@@ -59,7 +59,7 @@ def sizes_of(draw, ranges):
 def requests_of(draw, sizes):
     often_most = lambda most: st.one_of(st.just(most), st.integers(1, most))
     limits = st.lists(often_most(sizes.max_completion), min_size=1, max_size=6)
-    prompts = draw(st.lists(st.tuples(often_most(sizes.max_context), limits), min_size=1, max_size=6))
+    prompts = draw(st.lists(st.tuples(often_most(sizes.longest_prompt), limits), min_size=1, max_size=6))
     return [request_of(index, tokens, limits) for index, (tokens, limits) in enumerate(prompts)]
 
 
@@ -174,7 +174,7 @@ def test_events_in_any_order(ranges, data):
     while len(case.ended) < sum(case.wanted.values()):
         ended = len(case.ended)
         for event in (AnyOrder.begin, AnyOrder.read, AnyOrder.start):
-            event(case, sizes.max_context)
+            event(case, sizes.longest_prompt)
         case.draw(sizes.max_completion)
         case.end(0)
         check_pages(case.shard)
@@ -359,7 +359,7 @@ def test_a_prompt_begins_where_a_page_is_left_for_each_that_runs_or_waits():
         pages=10,
         page_size=4,
         length=12,
-        max_context=8,
+        longest_prompt=8,
         max_completion=4,
         steps_per_dispatch=4,
         prefill_chunk=64,
@@ -383,7 +383,7 @@ def test_the_prompt_that_began_last_is_preempted_first():
         pages=9,
         page_size=1,
         length=8,
-        max_context=2,
+        longest_prompt=2,
         max_completion=6,
         steps_per_dispatch=1,
         prefill_chunk=64,
@@ -409,7 +409,7 @@ def test_a_sample_that_begins_anew_does_not_stop_the_one_that_began_first():
         pages=tokens + total + 1,
         page_size=1,
         length=tokens + total,
-        max_context=tokens,
+        longest_prompt=tokens,
         max_completion=total,
         steps_per_dispatch=1,
         prefill_chunk=1,
