@@ -46,8 +46,8 @@ def write(folder: Path, raw: dict, shard: str) -> None:
     from igrpo_jax.models import decoder, hf_tables, hf_tensors
     from igrpo_jax.models.config import from_hf
 
-    model = from_hf(raw, "the shape")
-    shapes = hf_tables.tensor_shapes(hf_tables.table(raw["model_type"], model), decoder.shapes(model))
+    cfg = from_hf(raw, "the shape")
+    shapes = hf_tables.tensor_shapes(hf_tables.table(raw["model_type"], cfg), decoder.shapes(cfg))
     split = huggingface_hub.split_state_dict_into_shards_factory(
         shapes,
         get_storage_size=lambda shape: 2 * math.prod(shape),

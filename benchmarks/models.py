@@ -74,7 +74,7 @@ def peak_bytes() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def random_params(model, mesh, dtype: str = "float32"):
+def random_params(cfg, mesh, dtype: str = "float32"):
     """Returns random parameters in their shardings; every sublayer takes part.
 
     Arrays of one shape share a small program. XLA's compiler for GPUs needs over eight minutes for one program that
@@ -89,7 +89,7 @@ def random_params(model, mesh, dtype: str = "float32"):
     def program(shape, placed):
         return jax.jit(lambda key: 0.02 * jax.random.normal(key, shape, dtype), out_shardings=placed)
 
-    shapes = decoder.shapes(model)
+    shapes = decoder.shapes(cfg)
     params = {}
     for number, (path, shape) in enumerate(shapes.items()):
         placed = sharding.param_sharding(mesh, path)
@@ -100,11 +100,11 @@ def random_params(model, mesh, dtype: str = "float32"):
     return params
 
 
-def with_attention(model, args: argparse.Namespace, mesh, requested: str = "auto"):
-    """Returns `model` (a DecoderConfig) with the attention that a run would choose."""
+def with_attention(cfg, args: argparse.Namespace, mesh, requested: str = "auto"):
+    """Returns `cfg` (a DecoderConfig) with the attention that a run would choose."""
     from igrpo_jax.models import attention
 
-    return dataclasses.replace(model, attention=attention.choose(requested, mesh, args.dtype, model.head_dim))
+    return dataclasses.replace(cfg, attention=attention.choose(requested, mesh, args.dtype, cfg.head_dim))
 
 
 def lognormal(rng, shape: tuple[int, ...], mean: float, longest: int):

@@ -75,13 +75,13 @@ class Bench:
         from igrpo_jax.sampling.scheduler import Scheduler
 
         self.args, self.slots = args, args.slots or args.prompts * args.samples
-        self.model = from_hf(models.raw_config(args), args.model or args.shape)
+        self.cfg = from_hf(models.raw_config(args), args.model or args.shape)
         self.mesh = models.make_mesh()
-        self.model = models.with_attention(self.model, args, self.mesh)
+        self.cfg = models.with_attention(self.cfg, args, self.mesh)
         self.engine = Engine(
-            self.model,
+            self.cfg,
             self.mesh,
-            (self.model.vocab_size,),  # is never drawn
+            (self.cfg.vocab_size,),  # is never drawn
             slots=self.slots,
             longest_prompt=args.prompt_len,
             max_completion=args.new_tokens,
@@ -96,7 +96,7 @@ class Bench:
         self.fullest = (0, 0)  # most pages in use at the end of a dispatch, and the tokens that they held
         self.scheduler = self._watched(Scheduler)(self.engine)
         rng = np.random.default_rng(0)
-        self.prompts = rng.integers(17, self.model.vocab_size, (args.prompts, args.prompt_len), np.int32)
+        self.prompts = rng.integers(17, self.cfg.vocab_size, (args.prompts, args.prompt_len), np.int32)
 
     def _watched(self, scheduler: type) -> type:
         """Returns a class of schedulers that keeps `fullest`."""
@@ -122,10 +122,10 @@ class Bench:
 
     def _load(self):
         if not self.args.model:
-            return models.random_params(self.model, self.mesh, self.args.dtype)
+            return models.random_params(self.cfg, self.mesh, self.args.dtype)
         from igrpo_jax.models import hf_read
 
-        return hf_read.load_params(self.args.model, self.model, self.mesh)
+        return hf_read.load_params(self.args.model, self.cfg, self.mesh)
 
     def run(self, lengths, static: bool = False):
         """Returns the seconds and the Usage of sampling completions of `lengths` [prompts, samples]."""

@@ -20,7 +20,7 @@ def ratios(bench, repeats: int = 10) -> dict[str, float]:
 
     from igrpo_jax.models.products import as_trained
 
-    engine, cfg = bench.engine, bench.model
+    engine, cfg = bench.engine, bench.cfg
     rows, steps = engine.shard_slots, engine.sizes.steps_per_dispatch
     filled = rollout.Filled(engine, bench.params, bench.prompts[0], rows)
 

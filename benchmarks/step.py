@@ -31,7 +31,7 @@ class Step:
         self._stages = stages
         with jax.set_mesh(stages.mesh):
             self._learner = Learner(
-                stages.config, stages.model, stages.mesh, longest_prompt=stages.longest_prompt, total_steps=1000
+                stages.config, stages.cfg, stages.mesh, longest_prompt=stages.longest_prompt, total_steps=1000
             )
         self.reset()
 
@@ -41,7 +41,7 @@ class Step:
 
         self.state = None  # two of them may not fit
         with jax.set_mesh(self._stages.mesh):
-            self.state = self._learner.init(models.random_params(self._stages.model, self._stages.mesh))
+            self.state = self._learner.init(models.random_params(self._stages.cfg, self._stages.mesh))
 
     def compile(self) -> None:
         """Compiles all programs of the sampler, so that none is compiled in a step that is measured."""

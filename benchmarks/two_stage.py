@@ -79,14 +79,14 @@ def settings(args: argparse.Namespace, drafts: int, generations: int, slots: int
     return config.freeze(tree)
 
 
-def make_engine(args: argparse.Namespace, model, mesh, slots: int, longest_prompt: int, steps_per_dispatch: int):
+def make_engine(args: argparse.Namespace, cfg, mesh, slots: int, longest_prompt: int, steps_per_dispatch: int):
     """Returns an engine that never ends a completion early."""
     from igrpo_jax.sampling.engine import Engine
 
     return Engine(
-        model,
+        cfg,
         mesh,
-        (model.vocab_size,),  # an EOS that is never drawn
+        (cfg.vocab_size,),  # an EOS that is never drawn
         slots=slots,
         longest_prompt=longest_prompt,
         max_completion=args.new_tokens,
@@ -133,16 +133,16 @@ def make_stages(
         def __init__(self):
             self.config = settings(args, drafts, generations, slots, streamed)
             self.mesh = models.make_mesh()
-            model = from_hf(models.raw_config(args), args.model or args.shape)
+            cfg = from_hf(models.raw_config(args), args.model or args.shape)
             self.longest_prompt = args.prompt_len + (args.new_tokens if drafts else 0)
-            self.model = models.with_attention(model, args, self.mesh)
+            self.cfg = models.with_attention(cfg, args, self.mesh)
             steps_per_dispatch = self.config.rollout.steps_per_dispatch
             self.engine = engine or make_engine(
-                args, self.model, self.mesh, slots, self.longest_prompt, steps_per_dispatch
+                args, self.cfg, self.mesh, slots, self.longest_prompt, steps_per_dispatch
             )
             self.scheduler = Prescribed(self.engine, jax.default_backend() != "cpu")
             rng = np.random.default_rng(0)
-            tokens = rng.integers(17, model.vocab_size, (args.prompts, args.prompt_len), np.int32)
+            tokens = rng.integers(17, cfg.vocab_size, (args.prompts, args.prompt_len), np.int32)
             self.prompts = [Prompt(str(i), i, str(i), renderer.answer, row) for i, row in enumerate(tokens)]
             # No grading is late on a busy machine: other rewards would keep another draft.
             self._verifier = Verifier(config.RewardsConfig(format=0.0, timeout=60.0))
@@ -216,7 +216,7 @@ def main() -> None:
             stages_by_name[f"{name}igrpo_barrier"] = make(args.drafts, args.generations, slots, False, streamed.engine)
         for stages in stages_by_name.values():
             stages.engine.compile()
-        params = models.random_params(stages_by_name["grpo"].model, stages_by_name["grpo"].mesh)
+        params = models.random_params(stages_by_name["grpo"].cfg, stages_by_name["grpo"].mesh)
         seconds = {name: [[] for _ in range(args.seeds)] for name in stages_by_name}
         watched = []
         for again in range(args.steps + 1):  # the first time does not count

@@ -93,21 +93,21 @@ class Bench:
         from igrpo_jax.learning.learner import Learner
         from igrpo_jax.models.config import from_hf
 
-        model = from_hf(models.raw_config(args), args.model or args.shape)
+        cfg = from_hf(models.raw_config(args), args.model or args.shape)
         self.mesh = models.make_mesh()
-        self.model = models.with_attention(model, args, self.mesh, args.attention)
-        self.rows = update_rows.make_rows(args, model.vocab_size)
+        self.cfg = models.with_attention(cfg, args, self.mesh, args.attention)
+        self.rows = update_rows.make_rows(args, cfg.vocab_size)
         self.groups = self.rows.groups()
         with jax.set_mesh(self.mesh):
-            self.learner = Learner(settings(args), self.model, self.mesh, longest_prompt=args.prefix, total_steps=100)
+            self.learner = Learner(settings(args), self.cfg, self.mesh, longest_prompt=args.prefix, total_steps=100)
             self.state = self.learner.init(self._load(args))
 
     def _load(self, args: argparse.Namespace):
         if not args.model:
-            return models.random_params(self.model, self.mesh)
+            return models.random_params(self.cfg, self.mesh)
         from igrpo_jax.models import hf_read
 
-        return hf_read.load_params(args.model, self.model, self.mesh)
+        return hf_read.load_params(args.model, self.cfg, self.mesh)
 
     def compile(self) -> float:
         """Compiles all programs that an update may call, and returns the seconds that it took."""
@@ -137,7 +137,7 @@ def ours(args: argparse.Namespace) -> dict:
     compile_seconds = bench.compile()
     with compilations() as compiled:
         step = lambda: updates.append(bench.step() | {"compiled": len(compiled)})
-        figures = models.step_figures(step, args.steps, 4 * bench.model.num_params)
+        figures = models.step_figures(step, args.steps, 4 * bench.cfg.num_params)
     first, last = updates[0], updates[-1]
     predicted, measured = bench.learner.programs.predicted_bytes(), models.peak_bytes()
     per_second = last["perf/update_flops"] / figures["update_seconds"] / bench.mesh.size
@@ -156,7 +156,7 @@ def ours(args: argparse.Namespace) -> dict:
         "grad_norm": first["grad_norm"],
         "device": jax.devices()[0].device_kind,
         "devices": bench.mesh.size,
-        "attention": bench.model.attention,
+        "attention": bench.cfg.attention,
         **models.machine("optax"),
     }
 

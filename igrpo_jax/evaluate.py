@@ -125,7 +125,7 @@ def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
         rounds = f"{settings.rounds} of draft -> refine, each from one of up to {settings.drafts} answers"
     step = "" if task.step is None else f", step {task.step}"
     answers = {name: samples_per_problem(config, name) for name in plan.prompts}
-    size = f"{task.policy.model.num_params / 1e6:,.1f} M parameters"
+    size = f"{task.policy.cfg.num_params / 1e6:,.1f} M parameters"
     return [
         ("model", f"{task.name}{step}, {size}, {config.model.dtype}"),
         *(

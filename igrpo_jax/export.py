@@ -114,7 +114,7 @@ def export(
 
 def _write_model(folder: Path, policy: Policy, params: decoder.Params, dtype: str, console: Console) -> str:
     """Writes a complete model, and returns its dtype and how it compares when it is read back."""
-    with console.phase("writing weights", hf_write.model_bytes(policy.model, dtype) >> 20, unit="MiB") as update:
+    with console.phase("writing weights", hf_write.model_bytes(policy.cfg, dtype) >> 20, unit="MiB") as update:
         compared = policy.save(folder, params, lambda done: update(done >> 20), dtype)
     return f"{dtype}; read back, {compared}"
 

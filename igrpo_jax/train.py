@@ -116,7 +116,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
         began = time.perf_counter()
         prompts = functools.partial(run.task.step_prompts, step)  # maps the number of a redraw to its prompts
         with watchdog.phase("rollout", name):
-            groups, sampled = run.rollout.collect(learner.policy(state.params), step, prompts)
+            groups, sampled = run.rollout.collect(learner.rollout_params(state.params), step, prompts)
         if is_first:
             run.compile_rest()
         advantages, draft_advantages = credit.advantages(groups, run.config)

@@ -58,12 +58,12 @@ def make_groups(seed=0, longest=MAX_COMPLETION):
     return groups
 
 
-def make_learner(model, mesh=None, **changes):
+def make_learner(cfg, mesh=None, **changes):
     """With its mesh: one device where none is given."""
     tree = config.default()
     tree.update_from_flattened_dict(DEFAULTS | {name.replace("__", "."): x for name, x in changes.items()})
     mesh = sharding.make_mesh(mesh or config.MeshConfig(), None if mesh else jax.devices()[:1])
-    return Learner(config.freeze(tree), model, mesh, longest_prompt=LONGEST_PROMPT, total_steps=10), mesh
+    return Learner(config.freeze(tree), cfg, mesh, longest_prompt=LONGEST_PROMPT, total_steps=10), mesh
 
 
 def one_batch(packer, units, size=WHOLE):

@@ -266,7 +266,7 @@ def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
     monkeypatch.setattr(layout, "uses_output_major", lambda mesh: output_major)
     monkeypatch.setattr(inference, "open_engine", lambda c, model, mesh, eos_ids, memory, **sizes: seen.append(memory))
     inference._engine(task.config, task.policy, task.mesh, task.plan)
-    read = 4 * task.policy.model.num_params / task.mesh.shape["fsdp"]
+    read = 4 * task.policy.cfg.num_params / task.mesh.shape["fsdp"]
     held = 0 if is_kept and tensor == 1 and not output_major else read
     assert (1 << 30) - seen[0] == pytest.approx(held, rel=0.1)
 
@@ -589,7 +589,7 @@ def test_the_model_of_a_run_is_the_runs_own(run, tmp_path):
 def test_the_table_counts_one_answer_as_one():
     for samples, said in ((1, "2 problems, 1 answer each"), (2, "2 problems, 2 answers each")):
         settings = config.Config(evaluation=config.EvaluationConfig(samples=samples))
-        policy = SimpleNamespace(model=SimpleNamespace(num_params=1))
+        policy = SimpleNamespace(cfg=SimpleNamespace(num_params=1))
         plan = SimpleNamespace(prompts={"mine": [1, 2]}, max_new_tokens=8, notes=[])
         task = SimpleNamespace(config=settings, plan=plan, step=None, policy=policy, name="m")
         assert ("mine", said) in evaluate.overview(task)

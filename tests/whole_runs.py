@@ -76,7 +76,7 @@ def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarra
     task = open_task(run_config)
     with jax.set_mesh(task.mesh), Checkpointer(workdir, run_config.checkpoint) as store:
         learner = Learner(
-            run_config, task.policy.model, task.mesh, longest_prompt=task.longest_prompt, total_steps=task.total_steps
+            run_config, task.policy.cfg, task.mesh, longest_prompt=task.longest_prompt, total_steps=task.total_steps
         )
         step, state, meta = store.restore(learner.programs.state)
     assert meta["step"] == step == run_config.steps

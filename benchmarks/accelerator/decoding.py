@@ -52,13 +52,13 @@ def fitting_rows(task: "Task", shape: str) -> int:
     rows = max(task.sizes.rows)
     if task.memory is None:
         return rows
-    model, mesh = from_hf(models.SHAPES[shape], shape), models.make_mesh()
-    costs = ModelCosts(model, task.sizes.dtype, mesh.shape["tensor"])
-    length, weights = task.sizes.prompt + task.sizes.completion, model.num_params * costs.item_bytes
+    cfg, mesh = from_hf(models.SHAPES[shape], shape), models.make_mesh()
+    costs = ModelCosts(cfg, task.sizes.dtype, mesh.shape["tensor"])
+    length, weights = task.sizes.prompt + task.sizes.completion, cfg.num_params * costs.item_bytes
     shards = batch_shards(mesh)
     while rows >= jax.device_count():
         # Decoding copies a part of the cache first, and has the logits of all rows in float32 a few times.
-        beside = rows / shards * (1.5 * length * costs.token_bytes + 16 * model.vocab_size)
+        beside = rows / shards * (1.5 * length * costs.token_bytes + 16 * cfg.vocab_size)
         if weights + beside <= sizes.USABLE * task.memory:
             return rows
         rows //= 2

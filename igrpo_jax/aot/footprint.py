@@ -246,7 +246,7 @@ def describe(config: ModelConfig) -> DecoderConfig:
     """
     path = config.path
     if not path:
-        return open_policy(config).model
+        return open_policy(config).cfg
     source = f"config.model.path = {path!r}"
     if addresses.is_remote(path) or addresses.path_of(source, path).is_dir():
         return hf_files.load_config(path)
@@ -283,7 +283,7 @@ def prepare(config: Config, devices: list) -> Footprint:
     learner = Learner(config, cfg, mesh, longest_prompt=longest_prompt, total_steps=config.steps or 1)
     memory = int(chip.hbm_bytes) - learner.resident_bytes
     engine = open_run_engine(config, cfg, mesh, (cfg.vocab_size - 1,), longest_prompt, evaluation_plan, memory)
-    syncs = engine.sync.programs(learner.abstract_policy())
+    syncs = engine.sync.programs(learner.abstract_rollout_params())
     return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(engine, cfg, mesh), syncs, longest_prompt)
 
 
@@ -291,5 +291,5 @@ def _of_team(engine: Engine, cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> Sam
     """Returns the sampler's programs, compiled for the chips of one team as if no others were there."""
     if engine.mesh.size == mesh.size:
         return engine.programs
-    cfg, own = heads.spread_config(cfg, engine.tensor), alone(engine.mesh)
-    return SamplerPrograms(cfg, own, tuple(engine.eos_ids), engine.dtype, engine.sizes)
+    sampler_cfg, own = heads.spread_config(cfg, engine.tensor), alone(engine.mesh)
+    return SamplerPrograms(sampler_cfg, own, tuple(engine.eos_ids), engine.dtype, engine.sizes)

@@ -65,9 +65,9 @@ def open_evaluation(
     """
     run, step = checkpoint_of(model, step)
     config, policy, renderer = open_model(config, recorded_date)
-    plan = make_plan(config, rows, renderer, policy.model.max_position_embeddings)
+    plan = make_plan(config, rows, renderer, policy.cfg.max_position_embeddings)
     mesh = sharding.make_mesh(config.mesh)
-    policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
+    policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
     read = {"problems": plan.fingerprint, "weights of the model": "" if run else policy.fingerprint}
     cluster.check_same({"config": to_dict(config), "model": model, "step": step, **read})
     return EvaluationTask(config, policy, renderer, plan, mesh, run, step, *identity(model, run, step))
@@ -132,11 +132,11 @@ def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan)
     memory = cluster.from_first(device_bytes)  # processes of a team need as many pages
     if memory is not None and (config.model.lora.rank or not shares_weights(mesh, config.rollout.mesh.tensor)):
         # The loaded weights stay on the devices next to the sampler's copy.
-        memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.model), config.model.dtype))
+        memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.cfg), config.model.dtype))
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
     return open_engine(
         with_slots_for(config, mesh, samples),
-        policy.model,
+        policy.cfg,
         mesh,
         policy.eos_ids,
         memory,

@@ -85,13 +85,12 @@ class Learner:
         assert self._frozen is not None, "with LoRA, `set_frozen` comes first"
         return self._frozen
 
-    def policy(self, params: decoder.Params) -> decoder.Params:
-        """Returns the policy's parameters, for sampling: those of a state, or adapters with the weights that they
-        adapt."""
+    def rollout_params(self, params: decoder.Params) -> decoder.Params:
+        """Returns the parameters to sample with: those of a state, or adapters with the weights that they adapt."""
         return lora.attach(self._adapted, params, self._lora.scaling)
 
-    def abstract_policy(self) -> decoder.Params:
-        """Returns shapes, dtypes and shardings of what `policy` returns."""
+    def abstract_rollout_params(self) -> decoder.Params:
+        """Returns shapes, dtypes and shardings of what `rollout_params` returns."""
         return lora.attach(self.programs.frozen, self.programs.state.params, self._lora.scaling)
 
     def set_reference(self, params: decoder.Params) -> None:

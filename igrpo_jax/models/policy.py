@@ -54,7 +54,7 @@ class Policy:
     """
 
     path: str  # empty = the built-in model
-    model: DecoderConfig
+    cfg: DecoderConfig
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
     file_bytes: int = 0  # bytes of the weights' files, which `load` reads
@@ -73,8 +73,8 @@ class Policy:
         `report` receives the bytes read so far.
         """
         if self.path:
-            return hf_read.load_params(self.path, self.model, mesh, dtype, report)
-        return decoder.cast(decoder.init(self.model, jax.random.key(seed), mesh), dtype)
+            return hf_read.load_params(self.path, self.cfg, mesh, dtype, report)
+        return decoder.cast(decoder.init(self.cfg, jax.random.key(seed), mesh), dtype)
 
     def encode_completion(self, text: str) -> np.ndarray:
         """Returns the [T] int32 ids of `text`, followed by EOS."""
@@ -98,17 +98,17 @@ class Policy:
             RunError: the weights that were read back give other logits, or the logits are not finite.
         """
         dtype = dtype or export_dtype(params)
-        lost, trained, params = lora.lost_by(params, dtype), _probe(self.model, params), written(params, dtype)
+        lost, trained, params = lora.lost_by(params, dtype), _probe(self.cfg, params), written(params, dtype)
         with hf_write.new_folder(out) as folder:
-            raw = hf_write.exported_config(self.path, self.model, dtype)
+            raw = hf_write.exported_config(self.path, self.cfg, dtype)
             hf_write.write_json(folder / "config.json", raw)
             hf_write.write_json(folder / "generation_config.json", hf_write.generation_config(self.path, self.eos_ids))
             self._write_tokenizer(folder)
-            entries = hf_tables.table(raw["model_type"], self.model)
+            entries = hf_tables.table(raw["model_type"], self.cfg)
             hf_write.write_tensors(folder, params, entries, dtype=dtype, report=report)
-            before, model = _probe(self.model, params), hf_files.load_config(str(folder))
+            before, cfg = _probe(self.cfg, params), hf_files.load_config(str(folder))
             mesh = jax.tree.leaves(params)[0].sharding.mesh
-            reread = _probe(model, hf_read.load_params(str(folder), model, mesh, dtype))
+            reread = _probe(cfg, hf_read.load_params(str(folder), cfg, mesh, dtype))
             _check_equal(out, before, reread)
         return Comparison(dtype, lost, float(np.abs(reread - trained).max()), float(np.abs(trained).max()))
 
@@ -117,15 +117,15 @@ class Policy:
         changed = {path: x for path, x in params.items() if isinstance(x, lora.Adapted)}
         adapters = {f"{path}/lora_a": x.a for path, x in changed.items()}
         adapters |= {f"{path}/lora_b": x.b for path, x in changed.items()}
-        model_type = hf_write.exported_config(self.path, self.model, "float32")["model_type"]
-        entries = hf_write.adapter_entries(hf_tables.table(model_type, self.model), adapters)
+        model_type = hf_write.exported_config(self.path, self.cfg, "float32")["model_type"]
+        entries = hf_write.adapter_entries(hf_tables.table(model_type, self.cfg), adapters)
         with hf_write.new_folder(out) as folder:
             hf_write.write_json(folder / "adapter_config.json", hf_write.adapter_config(settings, self.path, entries))
             self._write_tokenizer(folder)
             hf_write.write_tensors(folder, adapters, entries, "adapter_model", dtype="float32")
             again = hf_read.load_adapters(str(folder), entries, adapters)
             reread = lora.attach({path: x.weight for path, x in changed.items()}, again, settings.scaling)
-            _check_equal(out, _probe(self.model, params), _probe(self.model, params | reread))
+            _check_equal(out, _probe(self.cfg, params), _probe(self.cfg, params | reread))
 
     def _write_tokenizer(self, folder: Path) -> None:
         if self.path:
@@ -157,16 +157,16 @@ def open_policy(settings: ModelConfig, data: DataConfig | None = None) -> Policy
         InputError: no such model, a kind of model that is not supported, or tensors that do not fit the model.
     """
     if settings.path:
-        model, tokenizer = hf_files.load_config(settings.path), hf_files.load_tokenizer(settings.path)
-        size = hf_read.check_weights(settings.path, model)
+        cfg, tokenizer = hf_files.load_config(settings.path), hf_files.load_tokenizer(settings.path)
+        size = hf_read.check_weights(settings.path, cfg)
         eos_ids = hf_files.eos_ids(settings.path, tokenizer)
         largest = max(*tokenizer.get_vocab().values(), *eos_ids)
-        if largest >= model.vocab_size:
+        if largest >= cfg.vocab_size:
             raise InputError(
                 f"config.model.path = {settings.path!r}: its tokenizer has ids up to {largest}, its weights a "
-                f"vocabulary of {model.vocab_size}; use the weights' own tokenizer, or resize the embeddings"
+                f"vocabulary of {cfg.vocab_size}; use the weights' own tokenizer, or resize the embeddings"
             )
-        return Policy(settings.path, model, tokenizer, eos_ids, size, _template(tokenizer, data or DataConfig()))
+        return Policy(settings.path, cfg, tokenizer, eos_ids, size, _template(tokenizer, data or DataConfig()))
     tokenizer = arithmetic.tokenizer()
     padded = -(-len(tokenizer) // 16) * 16  # so that the mesh's tensor axis divides the vocabulary
     return Policy("", model_config.builtin(settings.builtin, padded), tokenizer, (tokenizer.eos_token_id,))
@@ -195,31 +195,31 @@ def _template(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> str:
     return pinning.pinned(pinning.template_of(tokenizer), data.template_kwargs, data.template_date)
 
 
-def fit_to_mesh(config: Config, model: DecoderConfig, mesh: jax.sharding.Mesh) -> DecoderConfig:
-    """Returns `model` with the attention (config.learner.attention) on `mesh`.
+def fit_to_mesh(config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> DecoderConfig:
+    """Returns `cfg` with the attention (config.learner.attention) on `mesh`.
 
     Raises:
         InputError: the mesh does not divide the model; an attention that can't run there.
     """
-    sharding.check_divides(mesh, decoder.shapes(model))
-    chosen = attention.choose(config.learner.attention, mesh, config.model.dtype, model.head_dim)
-    return replace(model, attention=chosen)
+    sharding.check_divides(mesh, decoder.shapes(cfg))
+    chosen = attention.choose(config.learner.attention, mesh, config.model.dtype, cfg.head_dim)
+    return replace(cfg, attention=chosen)
 
 
-def _probe(model: DecoderConfig, params: decoder.Params) -> np.ndarray:
+def _probe(cfg: DecoderConfig, params: decoder.Params) -> np.ndarray:
     """Returns the logits [B, PROBE, V] float32 of a few tokens from all over the vocabulary.
 
     They are computed in float32, so that two of them differ only by the weights.
     """
-    model = replace(model, attention="xla")  # the other implementations need longer rows
+    cfg = replace(cfg, attention="xla")  # the other implementations need longer rows
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     shape = (sharding.batch_shards(mesh), PROBE)
-    tokens = (np.arange(np.prod(shape), dtype=np.int64) * 7919 % model.vocab_size).astype(np.int32).reshape(shape)
+    tokens = (np.arange(np.prod(shape), dtype=np.int64) * 7919 % cfg.vocab_size).astype(np.int32).reshape(shape)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
 
     def logits(params: decoder.Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         params = decoder.cast(lora.merge(params), "float32")
-        return decoder.logits(model, params, decoder.apply(model, params, tokens, positions)[0])
+        return decoder.logits(cfg, params, decoder.apply(cfg, params, tokens, positions)[0])
 
     with jax.set_mesh(mesh):
         run = jax.jit(logits, out_shardings=sharding.replicated(mesh))

@@ -85,13 +85,13 @@ def first(
     with Checkpointer(workdir / "reference", config.checkpoint) as store:
         if params is not None:
             store.save(0, params, {}, force=True)
-        _, params, _ = store.restore(sharding.abstract_params(mesh, decoder.shapes(policy.model), "float32"))
+        _, params, _ = store.restore(sharding.abstract_params(mesh, decoder.shapes(policy.cfg), "float32"))
     return decoder.cast(params, dtype)
 
 
 def adapters(config: Config, policy: Policy, mesh: jax.sharding.Mesh) -> decoder.Params:
     """Returns the adapters with which a LoRA run starts. They change nothing yet: with them the policy is pi_ref."""
-    return lora.init(config.model.lora, decoder.shapes(policy.model), jax.random.key(config.seed), mesh)
+    return lora.init(config.model.lora, decoder.shapes(policy.cfg), jax.random.key(config.seed), mesh)
 
 
 def saved(
@@ -117,7 +117,7 @@ def saved(
     Raises:
         InputError: there is no such checkpoint.
     """
-    shapes, step = decoder.shapes(policy.model), saved_step(workdir, step)
+    shapes, step = decoder.shapes(policy.cfg), saved_step(workdir, step)
     if not config.model.lora.rank:
         return read_params(workdir, step, sharding.abstract_params(mesh, shapes, dtype)), step
     trained = read_params(

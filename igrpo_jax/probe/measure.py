@@ -59,12 +59,12 @@ def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
     """
     task, config, policy = asked.task, asked.task.config, asked.task.policy
     sizes = {"longest_prompt": task.longest_prompt, "total_steps": 1}
-    learner = Learner(learner_config(config), policy.model, task.mesh, **sizes)
+    learner = Learner(learner_config(config), policy.cfg, task.mesh, **sizes)
     memory = device_bytes()
     memory = memory and memory - learner.resident_bytes
     config = with_slots_for(config, task.mesh, len(asked.prompts) * asked.samples)
     plan = task.evaluation_plan
-    engine = open_run_engine(config, policy.model, task.mesh, policy.eos_ids, task.longest_prompt, plan, memory)
+    engine = open_run_engine(config, policy.cfg, task.mesh, policy.eos_ids, task.longest_prompt, plan, memory)
     return learner, engine
 
 
@@ -129,7 +129,7 @@ def _weights(asked: ProbeTask, console: Console) -> tuple[decoder.Params, decode
 def plan(asked: ProbeTask) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first answer."""
     task, config, algorithm = asked.task, asked.task.config, asked.task.config.algorithm
-    name = f"{task.policy.path or 'built-in'}, {task.policy.model.num_params / 1e6:,.1f} M parameters"
+    name = f"{task.policy.path or 'built-in'}, {task.policy.cfg.num_params / 1e6:,.1f} M parameters"
     size, count = algorithm.num_generations, len(asked.prompts)
     kept = f"each the {algorithm.draft_selection} of {algorithm.num_drafts}"
     return [

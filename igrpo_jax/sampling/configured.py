@@ -11,7 +11,7 @@ from igrpo_jax.sampling.engine import Engine
 
 def open_engine(
     config: Config,
-    model: DecoderConfig,
+    cfg: DecoderConfig,
     mesh: jax.sharding.Mesh,
     eos_ids: tuple[int, ...],
     memory: int | None,
@@ -26,7 +26,7 @@ def open_engine(
         memory: bytes of each device that sampling may use; None = any.
     """
     return Engine(
-        model,
+        cfg,
         mesh,
         eos_ids,
         tensor=config.rollout.mesh.tensor,

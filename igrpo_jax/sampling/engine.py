@@ -92,16 +92,16 @@ class Engine:
             limits = {"slots": slots, "length": length, "lanes": LANES, "page_size": page_size, "memory": memory}
             tensor = cluster.from_first(partial(choose_tensor, cfg, mesh, dtype, **limits))
         self._whole_mesh = sampler_mesh(cfg, mesh, tensor, slots)
-        model, cfg = cfg, heads.spread_config(cfg, tensor)
+        sampler_cfg = heads.spread_config(cfg, tensor)
         self.dtype = dtype
         self.tensor = tensor
         self.eos_ids = frozenset(eos_ids)
         self.team = teams.team_of(self._whole_mesh)
         self.mesh = teams.team_mesh(self._whole_mesh, self.team)
         self._own_groups = sharding.batch_shards(self.mesh)
-        self.shards = self._own_groups * cfg.row_parts
+        self.shards = self._own_groups * sampler_cfg.row_parts
         self.groups = sharding.batch_shards(self._whole_mesh)
-        self.shard_slots = slots // (self.groups * cfg.row_parts)
+        self.shard_slots = slots // (self.groups * sampler_cfg.row_parts)
         self.slots = self.shard_slots * self.shards
         self.sizes = Sizes(
             shard_slots=self.shard_slots,
@@ -112,16 +112,16 @@ class Engine:
             max_completion=max_completion,
             steps_per_dispatch=steps_per_dispatch,
             prefill_chunk=prefill_chunk,
-            parts=cfg.row_parts,
+            parts=sampler_cfg.row_parts,
         )
         self._memory = None if pages else memory
         if not pages:
-            estimated = page_count.estimated_pages(self.sizes, ModelCosts(cfg, dtype, tensor), memory)
+            estimated = page_count.estimated_pages(self.sizes, ModelCosts(sampler_cfg, dtype, tensor), memory)
             self.sizes = replace(self.sizes, pages=estimated)
         _check_pages(self.sizes)
-        self.programs = SamplerPrograms(cfg, self.mesh, eos_ids, dtype, self.sizes)
-        self.sync = WeightSync(model, mesh, self._whole_mesh, dtype)
-        self._team_shardings = weight_shardings(cfg, self.mesh)
+        self.programs = SamplerPrograms(sampler_cfg, self.mesh, eos_ids, dtype, self.sizes)
+        self.sync = WeightSync(cfg, mesh, self._whole_mesh, dtype)
+        self._team_shardings = weight_shardings(sampler_cfg, self.mesh)
         self._kept: tuple[tuple[int, ...], Windows] | None = None  # windows of the last dispatch, by its shape
         # By group: slot -> the row whose window is up to date with the slot's pages.
         self._window_row: list[dict[int, int]] = [{} for _ in range(self._own_groups)]

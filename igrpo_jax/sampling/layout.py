@@ -54,15 +54,15 @@ def choose_tensor(
         return given
     seconds: dict[int, tuple[bool, float]] = {}
     for tensor in sorted({*SIZES, given} & set(teams.tensors(mesh))):
-        groups, spread = mesh.size // tensor, spread_config(cfg, tensor)
-        if slots % (groups * spread.row_parts) or not divides(spread, tensor):
+        groups, sampler_cfg = mesh.size // tensor, spread_config(cfg, tensor)
+        if slots % (groups * sampler_cfg.row_parts) or not divides(sampler_cfg, tensor):
             continue
-        rows, costs, read = slots // groups, ModelCosts(spread, dtype, tensor), length // 2
-        held, in_place = rows, reads_pages(spread, tensor)
+        rows, costs, read = slots // groups, ModelCosts(sampler_cfg, dtype, tensor), length // 2
+        held, in_place = rows, reads_pages(sampler_cfg, tensor)
         if memory is not None:
             pages = pages_in(memory, costs, rows + lanes, page_size)
             of_row = pages_for(read, page_size) * (1 if in_place else 2)  # decoding copies what it cannot read in place
-            held = min(rows, spread.row_parts * (pages // of_row)) if pages > pages_for(length, page_size) else 0
+            held = min(rows, sampler_cfg.row_parts * (pages // of_row)) if pages > pages_for(length, page_size) else 0
         if held:
             seconds[tensor] = not in_place, costs.decode_seconds(chip, held, read) * rows / held
     if not seconds:
@@ -84,9 +84,9 @@ def sampler_mesh(cfg: DecoderConfig, mesh: jax.sharding.Mesh, tensor: int, slots
             f"config.rollout.mesh.tensor = {tensor}: devices that share weights lie within a slice (of GPUs: a node); "
             f"set it to {' or '.join(map(str, allowed))}"
         )
-    spread = spread_config(cfg, tensor)
-    sharding.check_divides(whole, decoder.shapes(spread), "config.rollout.mesh", only="tensor")
-    groups, parts = sharding.batch_shards(whole), spread.row_parts
+    sampler_cfg = spread_config(cfg, tensor)
+    sharding.check_divides(whole, decoder.shapes(sampler_cfg), "config.rollout.mesh", only="tensor")
+    groups, parts = sharding.batch_shards(whole), sampler_cfg.row_parts
     if slots % (groups * parts):
         of_parts = f" times {parts} devices with the same key and value head = {groups * parts}" if parts > 1 else ""
         raise InputError(

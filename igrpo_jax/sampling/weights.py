@@ -44,10 +44,10 @@ class WeightSync:
         self._mesh = mesh
         self._tensor = sampler_mesh.shape["tensor"]
         self._dtype = dtype
-        spread = heads.spread_config(cfg, self._tensor)
-        self._shapes = decoder.shapes(spread)
+        sampler_cfg = heads.spread_config(cfg, self._tensor)
+        self._shapes = decoder.shapes(sampler_cfg)
         self._shardings = {path: sharding.param_sharding(sampler_mesh, path, gathered=True) for path in self._shapes}
-        self._stored = weight_shardings(spread, sampler_mesh)
+        self._stored = weight_shardings(sampler_cfg, sampler_mesh)
         self._by_rows = {
             path: RowSync(path, self._shapes[path], mesh, self._shardings[path], dtype, pieces)
             for path in self._shapes

@@ -102,10 +102,10 @@ def _start(task: Task, workdir: Path, console: Console, stack: contextlib.ExitSt
     """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
     config, policy, plan = task.config, task.policy, task.evaluation_plan
     # Making these two checks slots, mesh, the objective's settings and LoRA's targets, before anything is written.
-    learner = Learner(config, policy.model, task.mesh, longest_prompt=task.longest_prompt, total_steps=task.total_steps)
+    learner = Learner(config, policy.cfg, task.mesh, longest_prompt=task.longest_prompt, total_steps=task.total_steps)
     memory = cluster.from_first(device_bytes)  # processes of a team need equally many pages
     memory = memory and memory - learner.resident_bytes
-    engine = open_run_engine(config, policy.model, task.mesh, policy.eos_ids, task.longest_prompt, plan, memory)
+    engine = open_run_engine(config, policy.cfg, task.mesh, policy.eos_ids, task.longest_prompt, plan, memory)
     resumes, still_ours = _claim(workdir, config, stack, console)
     if not resumes:
         ending.remove_finished(workdir)  # left by a run that this one replaces
@@ -311,7 +311,7 @@ def _warm(task: Task, params: decoder.Params, writer: Writer, console: Console) 
                 writer.write(0, {"warm_start/step": step, "warm_start/loss": loss})
 
         encode = task.policy.encode_completion
-        return warm_start(config, task.policy.model, task.mesh, params, problems, task.renderer, encode, report)
+        return warm_start(config, task.policy.cfg, task.mesh, params, problems, task.renderer, encode, report)
 
 
 def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:

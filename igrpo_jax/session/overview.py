@@ -26,7 +26,7 @@ _RECOMPUTED = {"none": "nothing", "logits": "logits", "dots": "all but matrix pr
 
 def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir: Path) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before anything is compiled."""
-    model, mesh = task.policy.model, task.mesh
+    cfg, mesh = task.policy.cfg, task.mesh
     tokens = config.trained_completions * config.rollout.max_completion_length
     shapes = learner.packer.shapes
     sizes = ", ".join(f"{size:,}" for size in shapes.sizes)
@@ -35,12 +35,12 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
     return [
         (
             "model",
-            f"{task.policy.path or 'built-in'}, {model.num_params / 1e6:,.1f} M parameters, {config.model.dtype}",
+            f"{task.policy.path or 'built-in'}, {cfg.num_params / 1e6:,.1f} M parameters, {config.model.dtype}",
         ),
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
         ("sampling", sampling_layout(engine)),
         *([("weights to sample with", f"{size(received)} to each device in a step")] * bool(received)),
-        ("attention", f"{model.attention} (training and prefill)"),
+        ("attention", f"{cfg.attention} (training and prefill)"),
         *([("LoRA", f"rank {config.model.lora.rank}, {trained / 1e6:,.2f} M trained parameters")] * bool(frozen)),
         ("objective", f"{config.algorithm.loss_type}, beta {config.algorithm.beta:g}"),
         ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),

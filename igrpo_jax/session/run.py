@@ -138,7 +138,7 @@ class Run:
             results.write_settings(out, settings)
         self.progress.evaluating = asked
         with watchdog.phase("evaluation", f"step {step}"):
-            scores = summaries.flat(self.evaluator.run(self.learner.policy(params), out, {"step": step}))
+            scores = summaries.flat(self.evaluator.run(self.learner.rollout_params(params), out, {"step": step}))
         times = {"perf/evaluation_time": time.perf_counter() - began, "perf/wall_time": time.time()}
         self.writer.write(step, {**scores, **times})
         # Not before: where the row can't be written, the run ends, and a resume writes it.
@@ -225,9 +225,9 @@ class Run:
         # They are in the last checkpoint, and take as much memory as the copies of the weights that an export holds.
         for moment in jax.tree.leaves(state.opt_state):
             moment.delete()
-        params = decoder.cast(self.learner.policy(state.params), self.config.model.dtype)  # as it samples
+        params = decoder.cast(self.learner.rollout_params(state.params), self.config.model.dtype)  # as it samples
         dtype = export_dtype(params)
-        size = hf_write.model_bytes(self.task.policy.model, dtype)
+        size = hf_write.model_bytes(self.task.policy.cfg, dtype)
         with self.console.phase("exporting", size >> 20, unit="MiB") as update:
             compared = self.task.policy.save(out, params, lambda done: update(done >> 20), dtype)
         self.console.message(f"the export is {dtype}; read back, {compared}")

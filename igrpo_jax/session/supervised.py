@@ -138,14 +138,14 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
     if config.sft.draft_fraction:
         drafts = max((len(draft.tokens) for example in examples for draft in example.drafts), default=0)
         longest_prompt += renderer.draft_overhead(drafts, [example.prompt.question for example in examples])
-    max_positions = policy.model.max_position_embeddings
+    max_positions = policy.cfg.max_position_embeddings
     if longest_prompt + longest > max_positions:
         raise InputError(
             f"config.rollout.max_completion_length = {longest}: with prompts of up to {longest_prompt} tokens it "
             f"exceeds the model's context of {max_positions}; lower it, or config.data.max_prompt_length"
         )
     mesh = sharding.make_mesh(config.mesh)
-    policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
+    policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
     steps = config.steps or max(1, int(config.epochs * len(examples) / config.prompts_per_step))
     return SupervisedTask(config, policy, renderer, mesh, examples, notes, longest_prompt, steps)
 
@@ -154,7 +154,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
     config, total = task.config, task.total_steps
     made_for = supervised.learner_config(config)
-    learner = Learner(made_for, task.policy.model, task.mesh, longest_prompt=task.longest_prompt, total_steps=total)
+    learner = Learner(made_for, task.policy.cfg, task.mesh, longest_prompt=task.longest_prompt, total_steps=total)
     cluster.from_first(functools.partial(_check, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
     claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, task)))
@@ -280,7 +280,7 @@ def _overview(task: SupervisedTask, workdir: Path) -> list[tuple[str, object]]:
     config, lora = task.config, task.config.model.lora
     drafts = f"{config.sft.draft_fraction:.0%} of the examples of problems that have one"
     return [
-        ("model", f"{config.model.path}, {task.policy.model.num_params / 1e6:,.1f} M parameters"),
+        ("model", f"{config.model.path}, {task.policy.cfg.num_params / 1e6:,.1f} M parameters"),
         ("trained", f"LoRA of rank {lora.rank}" if lora.rank else "all weights"),
         ("examples", f"{len(task.examples):,}, {config.prompts_per_step} a step, {task.total_steps:,} steps"),
         *task.notes,

@@ -98,7 +98,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     if config.algorithm.num_drafts:
         questions = [prompt.question for prompt in prompts]
         longest_prompt += renderer.draft_overhead(config.rollout.max_completion_length, questions)
-    max_positions = policy.model.max_position_embeddings
+    max_positions = policy.cfg.max_position_embeddings
     check_positions(config, max_positions, longest_prompt)
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
     evaluation_plan = planning.make_plan(config, asked, renderer, max_positions)
@@ -106,7 +106,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
     notes += rehearsed_judge(config.rewards.judge, prompts[0], renderer.opening) + budget
     mesh = sharding.make_mesh(config.mesh)
-    policy = replace(policy, model=fit_to_mesh(config, policy.model, mesh))
+    policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
     shards = sharding.batch_shards(mesh)
     if config.warm_start.steps and config.warm_start.batch_size % shards:
         raise InputError(
@@ -266,7 +266,7 @@ def check_positions(config: Config, max_positions: int, longest_prompt: int) -> 
 
 def open_run_engine(
     config: Config,
-    model: DecoderConfig,
+    cfg: DecoderConfig,
     mesh: jax.sharding.Mesh,
     eos_ids: tuple[int, ...],
     longest_prompt: int,
@@ -281,7 +281,7 @@ def open_run_engine(
     """
     return open_engine(
         config,
-        model,
+        cfg,
         mesh,
         eos_ids,
         memory,

@@ -133,8 +133,8 @@ def test_a_reference_waits_too():
     waiting = {}
     for beta in (0.0, 0.1):
         c = whole_runs.settings(**SETTINGS | {"mesh.tensor": 1, "algorithm.beta": beta})
-        model = footprint.describe(c.model)
-        learner = footprint.Learner(c, model, mesh, longest_prompt=64, total_steps=1)
+        cfg = footprint.describe(c.model)
+        learner = footprint.Learner(c, cfg, mesh, longest_prompt=64, total_steps=1)
         waiting[beta] = learner.programs.waiting_bytes
     size = tree_bytes(learner.programs.state.params)
     assert [x - size for x in waiting[0.1]] == list(waiting[0.0])
@@ -327,14 +327,14 @@ def test_gradients_of_weights_are_not_left_to_the_end():
     """What they are products of would wait for them: of each of 6 layers 4,096 tokens x 2,048, three times."""
     device = jax.sharding.SingleDeviceSharding(aot.topology("v5e:2x2")[0])
     c = config.BuiltinModelConfig(hidden_size=128, num_layers=6, num_heads=1, num_kv_heads=1, intermediate_size=2048)
-    model = footprint.describe(config.ModelConfig(builtin=c))
+    cfg = footprint.describe(config.ModelConfig(builtin=c))
     put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-    params = {path: put(shape, jnp.bfloat16) for path, shape in decoder.shapes(model).items()}
+    params = {path: put(shape, jnp.bfloat16) for path, shape in decoder.shapes(cfg).items()}
     tokens = put((32, 128), jnp.int32)
 
     def loss(params, tokens):
         places = jnp.broadcast_to(jnp.arange(128), tokens.shape)
-        return decoder.apply(model, params, tokens, places, remat="full")[0].astype(jnp.float32).sum()
+        return decoder.apply(cfg, params, tokens, places, remat="full")[0].astype(jnp.float32).sum()
 
     memory = jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis()
     layer = 32 * 128 * 2048 * 2  # bytes of one such

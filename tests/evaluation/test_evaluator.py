@@ -88,7 +88,7 @@ def policy():
 def schedulers(policy):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     sizes = {"longest_prompt": 32, "max_completion": LENGTH, "dtype": "float32", "steps_per_dispatch": 4}
-    return {n: Scheduler(Engine(policy.model, mesh, policy.eos_ids, slots=n, **sizes)) for n in (8, 3)}
+    return {n: Scheduler(Engine(policy.cfg, mesh, policy.eos_ids, slots=n, **sizes)) for n in (8, 3)}
 
 
 @pytest.fixture(scope="module")

@@ -438,14 +438,14 @@ def test_only_weights_are_gathered(tiny, remat):
     On CPUs the sums over the two parts of the vocabulary are gathered and then added, elsewhere they are reduced.
     Sizes of which none is another: 112 words (56 a shard), 192 tokens, chunks of 42.
     """
-    model, size = dataclasses.replace(tiny[0], vocab_size=112, attention="chunked"), 192
+    cfg, size = dataclasses.replace(tiny[0], vocab_size=112, attention="chunked"), 192
     changes = {"learner__logprob_chunk": 42, "learner__remat": remat}
     changes |= {"model__dtype": "bfloat16"} if remat == "full" else {}  # sublayers as a loop
-    learner, mesh = make_learner(model, MESHES["2x2x2"], **changes)
+    learner, mesh = make_learner(cfg, MESHES["2x2x2"], **changes)
     with jax.set_mesh(mesh):
         text = learner.programs.accumulate.compiled(size).as_text()
     weights = set()
-    for path, shape in decoder.shapes(model).items():
+    for path, shape in decoder.shapes(cfg).items():
         local = sharding.param_sharding(mesh, path, gathered=True).shard_shape(shape)
         weights.add(tuple(sorted(x for x in local if x != 1)))
     sums = {(2, 42)} if jax.default_backend() == "cpu" else set()
@@ -466,9 +466,9 @@ def test_only_weights_are_gathered(tiny, remat):
 def test_remat(build, tiny):
     """The compiler may undo a recomputation that was asked for: hence its memory."""
     memory, gradient, sums = {}, {}, {}
-    model = dataclasses.replace(tiny[0], attention="chunked")
+    cfg = dataclasses.replace(tiny[0], attention="chunked")
     for remat in ("none", "logits", "dots", "full"):
-        learner, _ = built = make_learner(model, learner__remat=remat)
+        learner, _ = built = make_learner(cfg, learner__remat=remat)
         batch = one_batch(learner.packer, weighted_units(learner))
         gradient[remat], sums[remat] = accumulated(built, tiny[1], batch)
         memory[remat] = learner.programs.accumulate.compiled(WHOLE).memory_analysis().temp_size_in_bytes
@@ -858,7 +858,7 @@ def test_weights_that_are_missing_are_named(tiny):
         learner.update(SimpleNamespace(params={}), make_groups(), ADVANTAGES, 1)
     learner, _ = make_learner(tiny[0], model__lora__rank=2)
     with pytest.raises(AssertionError, match="`set_frozen` comes first"):
-        learner.policy({})
+        learner.rollout_params({})
 
 
 @pytest.mark.slow
@@ -1118,8 +1118,8 @@ def test_a_larger_vocabulary_adds_chunks_of_logits_only(tiny):
     """A word more costs the gradient of the head, [D], and three times a chunk's 128 of 768 positions."""
     used = []
     for size in (2000, 6000):
-        model = dataclasses.replace(tiny[0], vocab_size=size, pattern="*", attention="chunked")
-        learner, mesh = make_learner(model, learner__logprob_chunk=128, learner__remat="logits")
+        cfg = dataclasses.replace(tiny[0], vocab_size=size, pattern="*", attention="chunked")
+        learner, mesh = make_learner(cfg, learner__logprob_chunk=128, learner__remat="logits")
         with jax.set_mesh(mesh):
             used.append(learner.programs.accumulate.compiled(WHOLE).memory_analysis().temp_size_in_bytes)
     assert 0 < used[1] - used[0] < 4000 * 4 * (4 * 128 + 2 * 32)

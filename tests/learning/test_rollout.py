@@ -127,7 +127,7 @@ def schedulers(policy):
     sizes = {"longest_prompt": 32, "max_completion": LENGTH, "dtype": "float32"}
     with jax.set_mesh(mesh):
         engines = {
-            slots: Engine(policy.model, mesh, policy.eos_ids, slots=slots, steps_per_dispatch=k, **sizes)
+            slots: Engine(policy.cfg, mesh, policy.eos_ids, slots=slots, steps_per_dispatch=k, **sizes)
             for slots, k in ((16, 4), (3, 5))
         }
     # -3: three slots, the host one dispatch behind

@@ -64,15 +64,13 @@ def test_import_export_import_is_the_identity(tmp_path, case):
     seen = []
     opened.save(out, opened.load(mesh, 0), seen.append)
     assert (
-        seen[-1]
-        == hf_write.model_bytes(opened.model, "bfloat16")
-        == sum(len(x) for _, x, _ in tensors_of(out).values())
+        seen[-1] == hf_write.model_bytes(opened.cfg, "bfloat16") == sum(len(x) for _, x, _ in tensors_of(out).values())
     )
     expected = tensors_of(path)
-    if opened.model.tie_embeddings:
+    if opened.cfg.tie_embeddings:
         expected.pop("lm_head.weight", None)
     assert {name: (*x[:2], "BF16") for name, x in expected.items()} == tensors_of(out)
-    assert open_policy(out).model == opened.model
+    assert open_policy(out).cfg == opened.cfg
     again = open_policy(out).load(mesh, 0, "bfloat16")
     for name, x in opened.load(mesh, 0, "bfloat16").items():
         assert (np.asarray(x) == np.asarray(again[name])).all() and again[name].dtype == "bfloat16"
@@ -141,7 +139,7 @@ def test_shards_and_their_index(original, tmp_path, monkeypatch):
     assert len(files) > 2 and all(file.stat().st_size < 24_000 for file in files)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors_of(out).keys() == tensors_of(original).keys()
-    assert index["metadata"]["total_size"] == hf_write.model_bytes(opened.model, "bfloat16")
+    assert index["metadata"]["total_size"] == hf_write.model_bytes(opened.cfg, "bfloat16")
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert tensors_of(out) == tensors_of(original)
@@ -164,7 +162,7 @@ def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
         tmp_path / "out",
     )
     draw = np.random.default_rng(0).normal
-    sizes = decoder.shapes(builtin.model).items()
+    sizes = decoder.shapes(builtin.cfg).items()
     params = {
         path: jax.device_put(
             draw(path.endswith("scale"), 0.3, size).astype("bfloat16"), sharding.param_sharding(mesh, path)
@@ -173,7 +171,7 @@ def test_the_builtin_model_is_exported_as_a_llama(tmp_path):
     }
     builtin.save(out, params)
     again = open_policy(out)
-    assert (again.model, again.eos_ids) == (builtin.model, builtin.eos_ids)
+    assert (again.cfg, again.eos_ids) == (builtin.cfg, builtin.eos_ids)
     theirs, auto = (
         transformers.AutoModelForCausalLM.from_pretrained(out),
         transformers.AutoTokenizer.from_pretrained(out),
@@ -199,7 +197,7 @@ def test_a_change_that_bfloat16_would_lose_is_exported_in_float32(tmp_path):
     settings = config.LoraConfig(rank=2, alpha=2.0, targets=("all-linear",))
 
     def tuned(size, dtype):
-        adapters = {path: x + size for path, x in lora.init(settings, decoder.shapes(builtin.model), key, mesh).items()}
+        adapters = {path: x + size for path, x in lora.init(settings, decoder.shapes(builtin.cfg), key, mesh).items()}
         return lora.attach(decoder.cast(base, dtype), adapters, settings.scaling)
 
     small, large = tuned(1e-4, "float32"), tuned(10.0, "float32")
@@ -208,7 +206,7 @@ def test_a_change_that_bfloat16_would_lose_is_exported_in_float32(tmp_path):
     assert str(kept) == "it gives the trained policy's logits in a probe of 8 tokens"
     assert {dtype for *_, dtype in tensors_of(tmp_path / "small").values()} == {"F32"}
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "float32"
-    assert (tmp_path / "small" / "model.safetensors").stat().st_size > hf_write.model_bytes(builtin.model, "float32")
+    assert (tmp_path / "small" / "model.safetensors").stat().st_size > hf_write.model_bytes(builtin.cfg, "float32")
     lossy = builtin.save(tmp_path / "lossy", small, dtype="bfloat16")
     assert lossy.dtype == "bfloat16" and lossy.lost > policy.MOST_LOST and 0 < lossy.difference < lossy.largest
     assert str(lossy).startswith(f"bfloat16 lost {lossy.lost:.1%} of LoRA's change, and its logits differ from the tra")
@@ -216,7 +214,7 @@ def test_a_change_that_bfloat16_would_lose_is_exported_in_float32(tmp_path):
     rounded = builtin.save(tmp_path / "rounded", tuned(1e-4, "bfloat16"))
     assert (rounded.dtype, rounded.lost, rounded.difference) == ("bfloat16", 0, 0)
     # Only the change of the weights counts, and not the dtype in which logits are computed.
-    trained, exported = (policy._probe(builtin.model, x) for x in (small, policy.written(small, "bfloat16")))
+    trained, exported = (policy._probe(builtin.cfg, x) for x in (small, policy.written(small, "bfloat16")))
     assert lossy.difference == pytest.approx(np.abs(trained - exported).max())
 
 

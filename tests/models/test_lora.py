@@ -201,7 +201,7 @@ def test_the_sampler_draws_from_the_trainers_sum(tiny, mesh):
     )
     adapters = adapters_like(config.LoraConfig(rank=3, alpha=6.0), tiny[0])
     with jax.set_mesh(mesh):
-        weights = engine.weights(learner.policy(put(adapters, mesh)))
+        weights = engine.weights(learner.rollout_params(put(adapters, mesh)))
     base = {path: np.asarray(jnp.asarray(x, "bfloat16"), np.float32) for path, x in tiny[1].items()}
     for path, x in by_hand(base, adapters, 2.0).items():
         summed = as_trained(path, weights[path])
@@ -209,7 +209,7 @@ def test_the_sampler_draws_from_the_trainers_sum(tiny, mesh):
         assert summed.sharding.is_equivalent_to(sharding.param_sharding(mesh, path, gathered=True), x.ndim)
         # Half a unit in the last place of bfloat16, and what float32 leaves open between two of them.
         np.testing.assert_allclose(np.asarray(summed, np.float32), x, rtol=2**-8, atol=1e-6, err_msg=path)
-        inside = jax.jit(lora.merge)(learner.policy(put(adapters, mesh))[path])
+        inside = jax.jit(lora.merge)(learner.rollout_params(put(adapters, mesh))[path])
         assert (np.asarray(inside) == np.asarray(summed)).mean() > 0.999
 
 
@@ -264,12 +264,12 @@ def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets)
     save_tokenizer(path, CHATML)
     opened, mesh = policy.open_policy(config.ModelConfig(path=str(path), dtype="float32")), one_device()
     settings = config.LoraConfig(rank=3, alpha=6.0, targets=targets)
-    adapters = put(adapters_like(settings, opened.model), mesh)
+    adapters = put(adapters_like(settings, opened.cfg), mesh)
     params = lora.attach(opened.load(mesh, 0), adapters, settings.scaling)
     opened.save_adapter(out, settings, params)
     if family == "nemotron_h":
         both = config.LoraConfig(rank=3, targets=("o_proj",))
-        params_of_both = lora.attach(opened.load(mesh, 0), put(adapters_like(both, opened.model), mesh), both.scaling)
+        params_of_both = lora.attach(opened.load(mesh, 0), put(adapters_like(both, opened.cfg), mesh), both.scaling)
         with pytest.raises(InputError, match=r"peft takes no adapter for blocks/0/mixer/o_proj, .*out_proj\.weight"):
             opened.save_adapter(tmp_path / "refused", both, params_of_both)
     assert sorted(file.name for file in out.glob("adapter*")) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -279,7 +279,7 @@ def test_peft_loads_the_adapters_and_gives_our_logits(tmp_path, family, targets)
     places = np.broadcast_to(np.arange(hf_models.TOKENS.shape[1], dtype=np.int32), hf_models.TOKENS.shape)
 
     def logits(params):
-        return decoder.logits(opened.model, params, decoder.apply(opened.model, params, hf_models.TOKENS, places)[0])
+        return decoder.logits(opened.cfg, params, decoder.apply(opened.cfg, params, hf_models.TOKENS, places)[0])
 
     ours = np.asarray(jax.jit(logits)(params))
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)

@@ -132,7 +132,7 @@ def test_an_export_has_the_head_and_says_so(tied, tmp_path, caplog):
     edit(tied, lambda tensors: tensors.update({HEAD: other_head()}))
     save_tokenizer(tied, CHATML)
     policy = open_policy(config.ModelConfig(path=str(tied)))
-    assert not policy.model.tie_embeddings
+    assert not policy.cfg.tie_embeddings
     mesh = one_device()
     policy.save(tmp_path / "out", policy.load(mesh, 0))
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False

@@ -346,9 +346,9 @@ def test_pages_fill_what_the_compiler_leaves(tiny):
 
 def test_pages_without_bytes_are_bound_by_no_memory(hybrid):
     """A model without attention keeps nothing in pages."""
-    model = dataclasses.replace(hybrid[0], pattern="M-")
+    cfg = dataclasses.replace(hybrid[0], pattern="M-")
     sizes = {"slots": 4, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
-    engine = Engine(model, one_device(), EOS, **sizes, memory=1e3)
+    engine = Engine(cfg, one_device(), EOS, **sizes, memory=1e3)
     engine.fit_pages()
     assert engine.sizes.pages == engine.sizes.most_pages
 
