@@ -182,7 +182,7 @@ class Filled:
             size = engine.chunk_size(self.shards[0].to_prefill)
             pieces = [shard.pieces(size) for shard in self.shards]
             self.state = engine.prefill(weights, self.state, size, pieces)
-        self.state = engine.fork(self.state, [shard.starts(0) for shard in self.shards], self.sampling)
+        self.state = engine.fork(self.state, [shard.assign_slots(0) for shard in self.shards], self.sampling)
         for shard in self.shards:
             assert not list(shard.make_room(engine.sizes.steps_per_dispatch)), "the pages hold fewer rows"
 

@@ -197,7 +197,7 @@ def look_ups(error_rate: float, refinements: str) -> dict[str, Any]:
     return errors | {"warm_start.refinements": refinements}
 
 
-# The supervised starts. Those of the arithmetic model: in the first, drafts are random steps, from which nothing can be
+# The warm starts. Those of the arithmetic model: in the first, drafts are random steps, from which nothing can be
 # learned; in the second, they are as good as the teacher's own solutions. Those of the look-ups expect 177, 3 and 0.9
 # right answers in a run of GRPO that learns nothing. The last three have learned to ignore drafts, to give verdicts on
 # them, and to use a critique of them; they expect 177, 177 and 3.

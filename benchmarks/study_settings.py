@@ -31,7 +31,7 @@ class Study:
     settings: dict[str, Any]  # settings of all runs
     steps: int
     flags: list[str]  # further flags for every run
-    pretrained: str = ""  # the model from which all runs start, instead of the supervised starts
+    pretrained: str = ""  # the model from which all runs start, instead of the warm starts
     stop_at: float = math.inf  # when runs are stopped, by time.monotonic()
 
     def run(self, arm: str, seed: int) -> Path:
@@ -154,7 +154,7 @@ def built_in(args: argparse.Namespace, setting: Setting, stop_at: float) -> Stud
 
 
 def make_starts(args: argparse.Namespace, setting: Setting, study: Study) -> None:
-    """Writes the problems as files and makes the supervised starts of the wanted arms."""
+    """Writes the problems as files and makes the warm starts of the wanted arms."""
     from igrpo_jax import config
     from igrpo_jax.data.builtin import TASKS
 
@@ -171,12 +171,12 @@ def make_starts(args: argparse.Namespace, setting: Setting, study: Study) -> Non
     needed = {arm.start for arms in args.groups.values() for arm in arms}
     missing = sorted(name for name in needed if not study.model(name).exists())
     if missing:
-        print(f"supervised starts: {', '.join(missing)} ({tree.warm_start.steps} steps each) ...", flush=True)
+        print(f"warm starts: {', '.join(missing)} ({tree.warm_start.steps} steps each) ...", flush=True)
     in_parallel(args.jobs, lambda name, cores: make_start(study, name, cores), missing)
 
 
 def make_start(study: Study, name: str, cores: list[int] | None) -> None:
-    """Exports the model after its supervised start: the checkpoint of step 0 of a run of one step at rate 0."""
+    """Exports the model after its warm start: the checkpoint of step 0 of a run of one step at rate 0."""
     folder = study.model(name).parent
     once = STARTS[name] | {"steps": 1, "optimizer.learning_rate": 0.0, "evaluation.every": 0}
     call(main_command(study.config, folder / "run", once) + study.flags, folder / "log.txt", cores, study.stop_at)

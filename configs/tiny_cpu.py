@@ -3,9 +3,9 @@
     python -m igrpo_jax.main --config configs/tiny_cpu.py
 
 A decoder with 1.2 M parameters and a character-level tokenizer learns sums such as 7-3+5-2, worked out step by step. A
-supervised warm start imitates a teacher that gets every fifth step wrong: afterwards the model's most likely answer is
-nearly always right, and its samples are right about half the time. Two-stage RL (4 drafts, 4 refinements, plain iGRPO
-as in the paper) removes the noise, and the single-shot pass@1 on held-out problems (plain prompt, temperature 1) rises.
+warm start imitates a teacher that gets every fifth step wrong: afterwards the model's most likely answer is nearly
+always right, and its samples are right about half the time. Two-stage RL (4 drafts, 4 refinements, plain iGRPO as in
+the paper) removes the noise, and the single-shot pass@1 on held-out problems (plain prompt, temperature 1) rises.
 
 Expected: pass@1 about 0.5 before and 0.95 after 240 steps (seed 0: 0.57 and 0.96 on one machine, 0.60 and 0.98 on
 another, because the result of the warm start depends on rounding). With optimizer.learning_rate = 0 pass@1 stays where

@@ -172,19 +172,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised start of the built-in model from a noisy teacher; never runs where `model.path` is set."""
+    """Warm start of the built-in model from a noisy teacher; never runs where `model.path` is set."""
 
-    # Number of steps of the supervised start; 0 for none.
+    # Number of steps of the warm start; 0 for none.
     steps: Annotated[int, AtLeast(0)] = 0
-    # Number of examples in a step of the supervised start.
+    # Number of examples in a step of the warm start.
     batch_size: Annotated[int, AtLeast(1)] = 32
-    # Peak learning rate of the supervised start, reached after a tenth of its steps; a cosine then takes it to 0.
+    # Peak learning rate of the warm start, reached after a tenth of its steps; a cosine then takes it to 0.
     learning_rate: float = 1.5e-3
     # Probability that the teacher writes a random result for a step of its solution, or a wrong one for a look-up.
     error_rate: Annotated[float, Between(0, 1)] = 0.2
-    # Fraction of the examples of the supervised start that show a draft in the prompt.
+    # Fraction of the examples of the warm start that show a draft in the prompt.
     draft_fraction: Annotated[float, Between(0, 1)] = 0.5
-    # Probability of a random result for a step (a wrong one for a look-up) of a draft that the supervised start shows.
+    # Probability of a random result for a step (a wrong one for a look-up) of a draft that the warm start shows.
     # In the task "arithmetic" nothing in a draft can be trusted at 1.
     draft_error_rate: Annotated[float, Between(0, 1)] = 1.0
     # What the teacher does with a draft: "independent" pays no attention to it; "checked", in the task "lookups", looks
@@ -196,7 +196,7 @@ class WarmStartConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """What a supervised start of a model from files imitates (`python -m igrpo_jax.sft`)."""
+    """What supervised fine-tuning (SFT) of a model from files imitates (`python -m igrpo_jax.sft`)."""
 
     # Column of the solutions to imitate; empty finds it by name: solution, generation, response, completion, output,
     # answer.

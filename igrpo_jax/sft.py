@@ -1,7 +1,7 @@
 """`python -m igrpo_jax.sft --config configs/X.py --workdir DIR [--config.field=value ...]`: imitates solutions.
 
-A supervised start of a model from files, on the problems and solutions of config.data.train; the same command resumes
-it. `python -m igrpo_jax.export` writes its checkpoint, which reinforcement learning takes as model.path.
+Supervised fine-tuning (SFT) of a model from files, on the problems and solutions of config.data.train; the same command
+resumes it. `python -m igrpo_jax.export` writes its checkpoint, which reinforcement learning takes as model.path.
 """
 
 from igrpo_jax.cli import exits, parsing
@@ -11,14 +11,14 @@ USAGE = "python -m igrpo_jax.sft --config FILE --workdir DIR [--config.FIELD=VAL
 
 
 def main(argv: list[str]) -> None:
-    config, values = parsing.parse_config(argv, USAGE, {"workdir": "folder of the supervised start"} | parsing.CLUSTER)
+    config, values = parsing.parse_config(argv, USAGE, {"workdir": "folder of the SFT run"} | parsing.CLUSTER)
     if not values["workdir"]:
         raise InputError("--workdir: missing; give a folder")
     from igrpo_jax.distributed import cluster
-    from igrpo_jax.session.supervised import train_supervised
+    from igrpo_jax.session.sft import train_sft
 
     with cluster.joined(config.cluster, parsing.cluster_arguments(argv)):
-        train_supervised(config, values["workdir"])
+        train_sft(config, values["workdir"])
 
 
 if __name__ == "__main__":

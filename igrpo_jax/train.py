@@ -126,7 +126,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             state, learned = learner.update(state, groups, advantages, step, draft_advantages)
             ended = time.perf_counter()
     if is_first:
-        compiled = []  # the first step after a start compiles the run's programs, which do not count as recompilations
+        compiled = []  # the first step of a launch compiles the run's programs, which do not count as recompilations
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began, "perf/recompiles": len(compiled)}
     times["perf/wall_time"] = time.time()
     metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled}

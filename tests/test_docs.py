@@ -144,7 +144,7 @@ def test_every_metric_that_the_code_spells_out_has_a_line():
 
 @pytest.mark.slow
 def test_every_metric_of_a_run_has_a_line(whole):
-    """All rows of a run: supervised start, evaluations, steps with drafts."""
+    """All rows of a run: warm start, evaluations, steps with drafts."""
     workdir, _ = whole
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found = {name for row in rows for name in row} - {"step"}

@@ -1,4 +1,4 @@
-"""A supervised start as a whole: it learns, goes on exactly where it stopped, is exported, and is no run of main."""
+"""Supervised fine-tuning: it learns, goes on exactly where it stopped, is exported, and is no run of main."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from igrpo_jax.outputs import weights
 from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import rows_until
-from igrpo_jax.session import opening, supervised
+from igrpo_jax.session import opening, sft
 from igrpo_jax.storage import lease as leases
 from igrpo_jax.storage import writing
 from igrpo_jax.storage.addresses import path_of
@@ -57,25 +57,25 @@ def losses(workdir):
 @pytest.mark.parametrize("kind", ["llama", pytest.param("nemotron_h", marks=pytest.mark.proof)])
 def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, kind):
     settings = settings if kind == "llama" else with_hybrid(settings, tmp_path / "model")
-    supervised.train_supervised(settings, tmp_path / "run")
+    sft.train_sft(settings, tmp_path / "run")
     before = losses(tmp_path / "run")
     assert len(before) == 3 and before[2] < before[1] < before[0]
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "3")
-    supervised.train_supervised(settings, tmp_path / "cut")
+    sft.train_sft(settings, tmp_path / "cut")
     assert losses(tmp_path / "cut") == before
     with pytest.MonkeyPatch.context() as patch:  # one that has ended says so, and reads no checkpoint
-        patch.setattr(supervised.Checkpointer, "restore", None)
-        supervised.train_supervised(settings, tmp_path / "cut")
+        patch.setattr(sft.Checkpointer, "restore", None)
+        sft.train_sft(settings, tmp_path / "cut")
     export.export(tmp_path / "cut", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
     assert (tmp_path / "out" / "model.safetensors").exists()
     message = error_of(opening.open_run, settings, tmp_path / "run", None, None)
-    assert "holds a supervised start; export it, and train the export (model.path) in another --workdir" in message
+    assert "holds an SFT run; export it, and train the export (model.path) in another --workdir" in message
 
 
 def test_a_step_does_not_hold_an_example_twice(settings, tmp_path):
-    message = error_of(supervised.train_supervised, replace(settings, prompts_per_step=21), tmp_path)
+    message = error_of(sft.train_sft, replace(settings, prompts_per_step=21), tmp_path)
     assert "config.prompts_per_step = 21: there are 20 training problems, so a step would hold some" in message
 
 
@@ -85,12 +85,12 @@ def test_more_steps_and_another_base_are_noticed(settings, tmp_path, capsys):
     folder = Path(shutil.copytree(settings.model.path, tmp_path / "model"))
     model = replace(settings.model, path=str(folder), lora=config.LoraConfig(rank=2, alpha=4.0))
     settings = replace(settings, model=model, steps=1)
-    supervised.train_supervised(settings, tmp_path / "run")
-    supervised.train_supervised(replace(settings, steps=2), tmp_path / "run")
+    sft.train_sft(settings, tmp_path / "run")
+    sft.train_sft(replace(settings, steps=2), tmp_path / "run")
     told = "2 steps in place of 1: the learning rate rises and falls as in a run of 2 steps from now on"
     assert told in capsys.readouterr().out
     edit_tensors(folder, lambda tensors: tensors.update({name: -x for name, x in tensors.items()}))
-    message = error_of(supervised.train_supervised, replace(settings, steps=3), tmp_path / "run")
+    message = error_of(sft.train_sft, replace(settings, steps=3), tmp_path / "run")
     assert f"config.model.path = '{folder}': the weights differ" in message
 
 
@@ -105,10 +105,10 @@ def test_steps_that_are_not_finite_are_counted_across_a_resume(settings, tmp_pat
 
     monkeypatch.setattr(Learner, "update", not_finite)
     with pytest.raises(KeyboardInterrupt):
-        supervised.train_supervised(settings, tmp_path)
+        sft.train_sft(settings, tmp_path)
     killed_in = None
     with pytest.raises(RunError, match=r"steps 1 to 3: loss or gradient was not finite, .* = 3 times in a row"):
-        supervised.train_supervised(settings, tmp_path)
+        sft.train_sft(settings, tmp_path)
     assert [path.name for path in sorted((tmp_path / "nonfinite").iterdir())] == [
         f"step_{step:06d}.jsonl" for step in (1, 2, 3)
     ]
@@ -135,12 +135,12 @@ def test_a_start_in_a_bucket_goes_on_and_equals_one_in_a_folder(settings, tmp_pa
     settings = replace(settings, model=replace(settings.model, lora=lora))
     uploaded = uploads(monkeypatch)
     settings = replace(settings, checkpoint=config.CheckpointConfig(every=2))
-    supervised.train_supervised(settings, tmp_path / "run")
-    supervised.train_supervised(settings, bucket / "run")
+    sft.train_sft(settings, tmp_path / "run")
+    sft.train_sft(settings, bucket / "run")
     assert uploaded == ["metrics.jsonl"] * 2  # with the checkpoints of steps 2 and 3, and none of step 1
     for name in [name for name in bucket.names() if name.startswith("run/checkpoints/3/")]:
         bucket.remove(name)
-    supervised.train_supervised(settings, bucket / "run")
+    sft.train_sft(settings, bucket / "run")
     assert losses(path_of("", bucket / "run")) == losses(tmp_path / "run")
     assert uploaded == ["metrics.jsonl"] * 3 and "run/.lock" not in bucket.names()
     mine, theirs = (saved(settings, path) for path in (path_of("", bucket / "run"), tmp_path / "run"))
@@ -151,27 +151,27 @@ def test_a_start_in_a_bucket_goes_on_and_equals_one_in_a_folder(settings, tmp_pa
 def test_a_start_in_a_bucket_is_saved_on_sigterm(settings, tmp_path, bucket, monkeypatch):
     uploaded = uploads(monkeypatch)
     settings = replace(settings, checkpoint=config.CheckpointConfig(every=99))
-    step = supervised._step
+    step = sft._step
 
     def interrupted(task, learner, state, number, *rest):
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(task, learner, state, number, *rest)
 
-    monkeypatch.setattr(supervised, "_step", interrupted)
+    monkeypatch.setattr(sft, "_step", interrupted)
     with pytest.raises(Preempted, match=r"preempted: step 2 of 3 is saved in gs://bucket/"):
-        supervised.train_supervised(settings, bucket / "run")
+        sft.train_sft(settings, bucket / "run")
     assert uploaded == ["metrics.jsonl"] and "run/.lock" not in bucket.names()
     assert len(losses(path_of("", bucket / "run"))) == 2 and "run/checkpoints/2/commit_success.txt" in bucket.names()
-    monkeypatch.setattr(supervised, "_step", step)
+    monkeypatch.setattr(sft, "_step", step)
     for place in (bucket / "run", tmp_path / "run"):
-        supervised.train_supervised(settings, place)
+        sft.train_sft(settings, place)
     assert losses(path_of("", bucket / "run")) == losses(tmp_path / "run")
 
 
 def saved(settings, workdir):
     """The parameters of the last checkpoint, by path, on the host."""
-    task = supervised.open_supervised(settings)
+    task = sft.open_sft(settings)
     with jax.set_mesh(task.mesh), Console() as console:
         params, step = weights.saved(task.config, task.policy, workdir, task.mesh, console, None, "float32")
     assert step == 3
@@ -185,23 +185,23 @@ def test_a_start_on_a_mesh_equals_one_on_a_device(settings, tmp_path, kind, rank
     settings = settings if kind == "llama" else with_hybrid(settings, tmp_path / "model")
     lora = config.LoraConfig(rank=rank, alpha=4.0)
     settings = replace(settings, model=replace(settings.model, lora=lora), mesh=config.MeshConfig(data=2))
-    supervised.train_supervised(settings, tmp_path / "mesh")
+    sft.train_sft(settings, tmp_path / "mesh")
     alone = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", lambda *_: alone)
-    supervised.train_supervised(settings, tmp_path / "alone")
+    sft.train_sft(settings, tmp_path / "alone")
     mine, theirs = losses(tmp_path / "mesh"), losses(tmp_path / "alone")
     np.testing.assert_allclose(mine, theirs, rtol=2e-5)
     assert mine[2] < mine[0]
 
 
 def test_a_start_says_that_it_replaces_one_without_a_checkpoint(settings, tmp_path, monkeypatch, capfd):
-    workdirs.prepare_workdir(tmp_path, supervised.open_supervised(settings).config)
+    workdirs.prepare_workdir(tmp_path, sft.open_sft(settings).config)
 
     def over(*_):
         raise InputError("over")
 
-    monkeypatch.setattr(supervised, "Checkpointer", over)
-    assert error_of(supervised.train_supervised, replace(settings, seed=1), tmp_path) == "over"
+    monkeypatch.setattr(sft, "Checkpointer", over)
+    assert error_of(sft.train_sft, replace(settings, seed=1), tmp_path) == "over"
     said = " ".join("".join(capfd.readouterr()).split())
     assert "ended before its first checkpoint; this one takes its place, with other settings (seed: 0 -> 1)" in said
 
@@ -211,29 +211,29 @@ def test_what_evaluations_ask_is_no_example_and_a_resume_asks_the_same(settings,
     (tmp_path / "mine.jsonl").write_text('{"prompt": "3 + 1?", "answer": "4"}\n')
     asked = config.EvaluationConfig(benchmarks=("mine",), data_dir=str(tmp_path))
     settings = replace(settings, data=replace(settings.data, clean=True), evaluation=asked)
-    task = supervised.open_supervised(settings)
+    task = sft.open_sft(settings)
     assert len(task.examples) == 19 and ("training problems like mine's", "1 of 20, left out") in task.notes
     (tmp_path / "run").mkdir()
-    supervised._claim(tmp_path / "run", task)
+    sft._claim(tmp_path / "run", task)
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
-    other = supervised.open_supervised(replace(settings, evaluation=config.EvaluationConfig()))
-    message = error_of(supervised._claim, tmp_path / "run", other)
+    other = sft.open_sft(replace(settings, evaluation=config.EvaluationConfig()))
+    message = error_of(sft._claim, tmp_path / "run", other)
     assert "restore the problems, config.evaluation.benchmarks and config.evaluation.data_dir" in message
 
 
-def test_what_a_supervised_start_needs(settings, tmp_path):
+def test_what_sft_needs(settings, tmp_path):
     bare = replace(settings, model=config.ModelConfig(), data=config.DataConfig())
-    assert "needs a model and solutions" in error_of(supervised.open_supervised, bare)
+    assert "needs a model and solutions" in error_of(sft.open_sft, bare)
     short = replace(settings, rollout=config.RolloutConfig(max_completion_length=8))
-    assert "all 20 solutions are longer" in error_of(supervised.open_supervised, short)
-    task = supervised.open_supervised(settings)
+    assert "all 20 solutions are longer" in error_of(sft.open_sft, short)
+    task = sft.open_sft(settings)
     (tmp_path / "of_a_run" / "samples").mkdir(parents=True)
     (tmp_path / "of_a_run" / "config.json").write_text("{}")
-    assert "holds a run that is not a supervised start" in error_of(supervised._claim, tmp_path / "of_a_run", task)
+    assert "holds a run that is not of SFT" in error_of(sft._claim, tmp_path / "of_a_run", task)
     # One that was killed as soon as it had written its settings.
     (tmp_path / "killed").mkdir()
     workdirs.prepare_workdir(tmp_path / "killed", task.config)
-    assert supervised._claim(tmp_path / "killed", task) == (True, [])
+    assert sft._claim(tmp_path / "killed", task) == (True, [])
     tree = config.default()
     tree.sft.draft_fraction = 0.5
     assert "config.sft.draft_column = ''" in error_of(config.freeze, tree)

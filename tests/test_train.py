@@ -58,7 +58,7 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
 
     class Run:
         resumed_after, task = 2, SimpleNamespace(total_steps=4)
-        progress = SimpleNamespace(scores={2: {"eval/x": 0.25}}, interrupted=2)  # an earlier start ended there
+        progress = SimpleNamespace(scores={2: {"eval/x": 0.25}}, interrupted=2)  # an earlier launch ended there
         reported = lambda self, step: {"reward": step / 2}
         stop_if_preempted = finish = lambda self, *_: None
         saving_at_end = lambda self, *_: contextlib.nullcontext()
@@ -651,7 +651,7 @@ def test_a_resumed_run_keeps_its_reference(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
-    """The next day had other prompts, and the resume was refused with a message about the data. Here each start ends
+    """The next day had other prompts, and the resume was refused with a message about the data. Here each launch ends
     where it would compile."""
     path, workdir = tmp_path / "model", tmp_path / "run"
     builtin = open_policy(settings().model)
@@ -691,7 +691,7 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     # A run of a version that wrote no day must be told its day. What it is told is compared with its prompts.
     del written["data"]["template_date"]
     (workdir / "config.json").write_text(json.dumps(written))
-    assert start("2026-11-27", "that of the first start was not recorded; give the day of that start") == written
+    assert start("2026-11-27", "that of the first launch was not recorded; give the day of that launch") == written
     start("2026-11-27", **other)
     with pytest.raises(InputError) as caught:
         opening._check_data(tasks[2], workdir, tasks[0].fingerprint)

@@ -4,7 +4,7 @@ A problem is "7+5-3+8". A solution is the tape of a pocket calculator, with each
 followed by the answer: "<think>7+5=12-3=9+8=17</think><answer>17</answer>". Everything is generated from a seed,
 without a download. Train and test problems are disjoint.
 
-The teacher of the supervised start is right at most steps and wrong at some. For a model that imitates it, the right
+The teacher of the warm start is right at most steps and wrong at some. For a model that imitates it, the right
 answer is the most likely one with noise around it, and reinforcement learning can sharpen that.
 """
 

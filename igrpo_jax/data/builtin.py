@@ -1,4 +1,4 @@
-"""The built-in tasks by name (data.task): their problems, and the examples of a supervised start."""
+"""The built-in tasks by name (data.task): their problems, and the examples of a warm start."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

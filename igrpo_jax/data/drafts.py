@@ -1,4 +1,4 @@
-"""Answers that a model gave before, as drafts that a supervised start may show: from the files of a run and others.
+"""Answers that a model gave before, as drafts that SFT may show: from the files of a run and others.
 
 These are the drafts and, without a draft stage, the completions in the samples of a run, and the single-shot answers of
 `igrpo_jax.evaluate` and `igrpo_jax.probe`. Their rows say whether an answer is right. Answers are matched to problems

@@ -47,10 +47,10 @@ def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | 
 
     Args:
         recorded: the day that was recorded when the run or the evaluation began, "" if none was; None at its first
-            start, which takes today.
+            launch, which takes today.
 
     Raises:
-        InputError: a setting that the template does not use, or no day although this is not the first start.
+        InputError: a setting that the template does not use, or no day although this is not the first launch.
     """
     template = template_of(tokenizer)
     _check_names(template, data)
@@ -62,8 +62,8 @@ def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | 
         return data
     if recorded == "":
         fix = (
-            "the chat template of the model writes the date, and that of the first start was not recorded; give the "
-            "day of that start, such as 2026-01-31"
+            "the chat template of the model writes the date, and that of the first launch was not recorded; give the "
+            "day of that launch, such as 2026-01-31"
         )
         raise refusal("data.template_date", "", fix)
     return replace(data, template_date=recorded or datetime.date.today().isoformat())

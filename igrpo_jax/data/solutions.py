@@ -1,4 +1,4 @@
-"""Worked solutions to imitate, from the same rows as the problems: texts that a supervised start trains the model on.
+"""Worked solutions to imitate, from the same rows as the problems: texts that SFT trains the model on.
 
 The text is config.sft.completion with the row's solution and final answer filled in. Rows without a solution are left
 out and counted, and `data.clean` leaves out of the others what it leaves out of a run. Blank drafts are left out. Not

@@ -209,7 +209,7 @@ def device_bytes() -> int | None:
 
 
 def peak_memory() -> dict[str, float]:
-    """Returns metrics in GiB: the most memory that a device and this process took since the start.
+    """Returns metrics in GiB: the most memory that a device and this process took since it began.
 
     That of the device is absent where JAX does not count it, as on a CPU.
     """

@@ -1,4 +1,4 @@
-"""The supervised start of the built-in model, so that reinforcement learning has something to improve.
+"""The warm start of the built-in model, so that reinforcement learning has something to improve.
 
 The loss is the cross-entropy on solutions by a noisy teacher (`data.builtin`). Some examples show a draft
 in the prompt, in the form of Stage 2, so that the model has seen one. A model from files never gets a warm start.

@@ -55,7 +55,7 @@ def weights_fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-@functools.cache  # a slow file system takes seconds, and a start asks more than once
+@functools.cache  # a slow file system takes seconds, and a launch asks more than once
 def _parts(file: Path, size: int, written: int) -> bytes:
     """Returns a hash of PROBES parts of a file that was `written` at this time."""
     digest = hashlib.sha256()

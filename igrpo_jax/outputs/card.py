@@ -17,7 +17,7 @@ from igrpo_jax import __version__
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data import readers
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
-from igrpo_jax.outputs.workdir import SUPERVISED
+from igrpo_jax.outputs.workdir import SFT
 from igrpo_jax.storage.addresses import names
 
 PAPER = "[arXiv 2602.09000](https://arxiv.org/abs/2602.09000)"
@@ -84,12 +84,12 @@ def _data(config: Config) -> str:
     return f"Problems of {_code(_short(config.data.train))}, split {_code(config.data.split)}{named}."
 
 
-def _is_supervised(workdir: Path) -> bool:
-    return SUPERVISED in names(workdir)
+def _is_sft(workdir: Path) -> bool:
+    return SFT in names(workdir)
 
 
 def _tags(config: Config, workdir: Path) -> list[str]:
-    if _is_supervised(workdir):
+    if _is_sft(workdir):
         return ["sft"]
     is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
     return ["reinforcement-learning", "grpo", *["igrpo"] * is_igrpo]
@@ -97,11 +97,11 @@ def _tags(config: Config, workdir: Path) -> list[str]:
 
 def _method(config: Config, workdir: Path) -> str:
     algorithm = config.algorithm
-    if _is_supervised(workdir):
+    if _is_sft(workdir):
         drafts = f"; {config.sft.draft_fraction:.0%} of them with a draft in the prompt" * bool(
             config.sft.draft_fraction
         )
-        return f"A supervised start: the solutions are imitated, {config.prompts_per_step} examples a step{drafts}."
+        return f"Supervised fine-tuning: the solutions are imitated, {config.prompts_per_step} examples a step{drafts}."
     loss, count = algorithm.loss_type.upper().replace("DR_GRPO", "Dr. GRPO"), config.prompts_per_step
     if algorithm.second_stage == "verify":
         return (

@@ -49,7 +49,7 @@ class TensorBoard:
 
 
 class _Events:
-    """A file of events in `folder`. TensorBoard hides what earlier starts wrote for step `purge` and later ones."""
+    """A file of events in `folder`. TensorBoard hides what earlier launches wrote for step `purge` and later ones."""
 
     def __init__(self, folder: Path, purge: int):
         from tensorboardX.event_file_writer import EventsWriter  # this import takes half a second

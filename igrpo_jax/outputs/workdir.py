@@ -30,7 +30,7 @@ from igrpo_jax.storage.writing import guarded, remove_tree, write_text
 LOCK = ".lock"  # file in a workdir that is locked while a run is under way
 HALF_WRITTEN = "config.json.tmp"  # what a kill may leave of write_text
 DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a resume could not use
-SUPERVISED = "sft.json"  # file in a workdir that says that its run is a supervised start
+SFT = "sft.json"  # file in a workdir that says that its run is one of supervised fine-tuning
 UNFINISHED = "orbax-checkpoint-tmp"  # part of the name of a checkpoint that was not written to its end, on a disk
 COMMITTED = "commit_success.txt"  # file in a checkpoint that was written to its end, in a bucket
 # What a run may leave before its first checkpoint, and what a run in its place might not overwrite.

@@ -30,7 +30,7 @@ class Writer:
     Args:
         resume_step: the step of the checkpoint that was restored; None if the run starts from the beginning. Rows and
             sample files of later steps are dropped, because the resumed run writes them again. With None, all that an
-            earlier start left is dropped. A line that a kill cut short is dropped as well.
+            earlier launch left is dropped. A line that a kill cut short is dropped as well.
         nullable: metrics that may be without a value, and are then written as null without a warning.
 
     Attributes:

@@ -118,8 +118,8 @@ class Answers:
         """Returns the answers to `prompts`, in their order.
 
         Raises:
-            VerifierError: more gradings failed than config.rewards.max_error_fraction allows, those of an earlier start
-                among them.
+            VerifierError: more gradings failed than config.rewards.max_error_fraction allows, those of an earlier
+                launch among them.
         """
         self._verifier.start_step(1)
         missing = [(prompt, self._next(prompt)) for prompt in prompts]

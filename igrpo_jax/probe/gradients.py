@@ -75,7 +75,7 @@ class Gradients:
         self._frozen = frozen
         self._console = console
         self._folder = folder / FOLDER
-        self._present: set[str] = set()  # names of files that an earlier start has written
+        self._present: set[str] = set()  # names of files that an earlier launch has written
 
     def measure(self, answered: Sequence[Answered], compared: int) -> list[Measured]:
         """Returns what is measured of each problem: reliance of all, and gradients of the first `compared`."""
@@ -96,7 +96,7 @@ class Gradients:
         return [results[number] for number in range(len(answered))]
 
     def _kept(self, problem: Answered, kinds: Sequence[str]) -> Measured | None:
-        """Returns what an earlier start has measured, None where something is missing."""
+        """Returns what an earlier launch has measured, None where something is missing."""
         path = self._path(problem)
         if path.name not in self._present:
             return None

@@ -75,7 +75,7 @@ def measure(
 
     Args:
         learner, engine: what `programs` returned.
-        folder: holds what an earlier start has drawn and computed.
+        folder: holds what an earlier launch has drawn and computed.
         stack: gets what must be closed.
 
     Raises:

@@ -17,7 +17,7 @@ import numpy as np
 from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.storage import reading
 
-LOSS = "sft/loss"  # the metric of a step of a supervised start, which has no `loss`
+LOSS = "sft/loss"  # the metric of a step of SFT, which has no `loss`
 PARTS = ("config.json", "metrics.jsonl", "samples", "evaluations")  # what a report reads in the folder of a run
 
 
@@ -63,8 +63,8 @@ class RecordedRun:
         return value
 
     @property
-    def is_supervised(self) -> bool:
-        """Whether it is a supervised start (`igrpo_jax.sft`), which samples nothing."""
+    def is_sft(self) -> bool:
+        """Whether it is supervised fine-tuning (`igrpo_jax.sft`), which samples nothing."""
         return LOSS in self.metrics
 
     @property

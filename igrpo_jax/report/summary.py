@@ -79,8 +79,8 @@ def conclusion(run: RecordedRun) -> Conclusion:
         reasons.append(reason)
     if not spans:
         why = "its evaluation.every is 0" if run.setting("evaluation.every") == 0 else "no evaluation is finished yet"
-        if run.is_supervised:
-            why = "a supervised start has no evaluations"
+        if run.is_sft:
+            why = "SFT has no evaluations"
         reasons.append(f"Single-shot answers to held-out problems were not measured ({why})")
     if not tones:
         return Conclusion("Not known", "open", reasons)
@@ -180,8 +180,8 @@ def _facts(run: RecordedRun) -> list[str]:
         counts = f"{drafts} drafts, {refined} refinements" if drafts else f"{refined} completions, no drafts"
         if run.setting("algorithm.second_stage") == "verify":
             counts = f"{drafts} solutions, {refined} verifications"
-        kind = "supervised start" if run.is_supervised else f"{run.setting('algorithm.loss_type')}, {counts}"
-        unit = "examples" if run.is_supervised else "prompts"
+        kind = "supervised fine-tuning" if run.is_sft else f"{run.setting('algorithm.loss_type')}, {counts}"
+        unit = "examples" if run.is_sft else "prompts"
         facts += [kind, f"{run.setting('prompts_per_step')} {unit} a step"]
     if seconds := run.curve("perf/step_time"):
         facts.append(f"{np.median(seconds.values):.3g} s a step, {_duration(seconds.values.sum())} of steps in all")

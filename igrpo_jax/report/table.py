@@ -3,7 +3,7 @@
 from igrpo_jax.report.plots import Line, Panel
 
 LEARNING, REFINING, HEALTH = "Is it learning?", "What refining does", "Health of the update"
-VERIFIER, TIME, START, OTHER = "Verifier", "Time and memory", "Supervised start", "All other metrics"
+VERIFIER, TIME, WARM_START, OTHER = "Verifier", "Time and memory", "Warm start", "All other metrics"
 
 PANELS: dict[str, tuple[Panel, ...]] = {
     LEARNING: (
@@ -289,12 +289,12 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
     ),
-    START: (
+    WARM_START: (
         Panel(
             "warm_start",
-            "Loss of the supervised start",
+            "Loss of the warm start",
             "nats per token",
-            "By steps of the supervised start, which come before step 1.",
+            "By steps of the warm start, which come before step 1.",
             (Line("loss", "single", ("warm_start/loss",)),),
         ),
     ),

@@ -17,7 +17,7 @@ from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.windows import Windows
 from igrpo_jax.sampling import inputs, lockstep, page_count
-from igrpo_jax.sampling.inputs import PromptChunk, Start
+from igrpo_jax.sampling.inputs import PromptChunk, SlotAssignment
 from igrpo_jax.sampling.layout import choose_tensor, sampler_mesh
 from igrpo_jax.sampling.lockstep import Call
 from igrpo_jax.sampling.programs import SamplerPrograms, traced, weight_shardings
@@ -196,13 +196,13 @@ class Engine:
         call = Call("prefill", (size,), inputs.chunk(self.sizes, size, pieces), None)
         return self._run(call, state, weights)[0]
 
-    def fork(self, state: State, starts: Sequence[Sequence[Start]], sampling: Sampling) -> State:
+    def fork(self, state: State, assignments: Sequence[Sequence[SlotAssignment]], sampling: Sampling) -> State:
         """Starts the given samples of each shard, and returns the state."""
-        for shard, own in enumerate(starts):
+        for shard, own in enumerate(assignments):
             group, part = divmod(shard, self.sizes.parts)
-            for start in own:
-                self._window_row[group].pop(start.slot + part * self.shard_slots, None)
-        for fork in inputs.forks(self.sizes, starts):
+            for assignment in own:
+                self._window_row[group].pop(assignment.slot + part * self.shard_slots, None)
+        for fork in inputs.forks(self.sizes, assignments):
             state, _ = self._run(Call("fork", (), fork, traced(sampling)), state)
         return state
 

@@ -25,7 +25,7 @@ class PromptChunk(NamedTuple):
     pages: Sequence[int]  # of the prompt
 
 
-class Start(NamedTuple):
+class SlotAssignment(NamedTuple):
     """A sample of a prefilled prompt, and the slot that it takes."""
 
     lane: int  # of the prompt
@@ -67,29 +67,29 @@ def chunk(sizes: Sizes, size: int, pieces: Sequence[Sequence[PromptChunk]]) -> C
     return made
 
 
-def forks(sizes: Sizes, starts: Sequence[Sequence[Start]]) -> Iterator[Fork]:
-    """Yields the `starts` of each shard, up to WIDTH of a group at a time."""
+def forks(sizes: Sizes, assignments: Sequence[Sequence[SlotAssignment]]) -> Iterator[Fork]:
+    """Yields the `assignments` of each shard, up to WIDTH of a group at a time."""
 
-    def placed(start: Start, part: int) -> Start:
-        first, copied = part * sizes.pages, start.copied
-        return start._replace(
-            lane=start.lane + part * sizes.lanes,
-            slot=start.slot + part * sizes.shard_slots,
+    def placed(assignment: SlotAssignment, part: int) -> SlotAssignment:
+        first, copied = part * sizes.pages, assignment.copied
+        return assignment._replace(
+            lane=assignment.lane + part * sizes.lanes,
+            slot=assignment.slot + part * sizes.shard_slots,
             copied=copied and (copied[0] + first, copied[1] + first),
         )
 
-    of_groups = _of_groups(sizes, starts, placed)
+    of_groups = _of_groups(sizes, assignments, placed)
     shape = len(of_groups), WIDTH
     for first in range(0, max(map(len, of_groups)), WIDTH):
         made = Fork(*(np.zeros(shape, np.int32) for _ in Fork._fields))._replace(key=np.zeros((*shape, 2), np.uint32))
         made.slot[:] = sizes.parts * sizes.shard_slots
         made.target[:] = sizes.parts * sizes.pages
         for group, own in enumerate(of_groups):
-            for i, start in enumerate(own[first : first + WIDTH]):
+            for i, assignment in enumerate(own[first : first + WIDTH]):
                 for name in ("lane", "slot", "sample", "prompt", "key", "length", "limit"):
-                    getattr(made, name)[group, i] = getattr(start, name)
-                if start.copied:
-                    made.source[group, i], made.target[group, i] = start.copied
+                    getattr(made, name)[group, i] = getattr(assignment, name)
+                if assignment.copied:
+                    made.source[group, i], made.target[group, i] = assignment.copied
         yield made
 
 

@@ -222,9 +222,9 @@ class Scheduler:
             shard.begin(moved)
 
     def _start_samples(self) -> None:
-        starts = [shard.starts(self._dispatched) for shard in self.shards]
-        if any(starts):
-            self._state = self.engine.fork(self._state, starts, self._sampling)
+        assignments = [shard.assign_slots(self._dispatched) for shard in self.shards]
+        if any(assignments):
+            self._state = self.engine.fork(self._state, assignments, self._sampling)
 
     def _dispatch(self) -> None:
         engine, sizes = self.engine, self.engine.sizes

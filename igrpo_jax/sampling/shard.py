@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from igrpo_jax.sampling.inputs import PromptChunk, Start
+from igrpo_jax.sampling.inputs import PromptChunk, SlotAssignment
 from igrpo_jax.sampling.pages import PagePool, pages_for
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.shapes import Sizes
@@ -145,20 +145,20 @@ class Shard:
                 prompt.prefilled = end
         return pieces
 
-    def starts(self, dispatch: int) -> list[Start]:
+    def assign_slots(self, dispatch: int) -> list[SlotAssignment]:
         """Gives free slots to samples of prefilled prompts, in order, while the pool has a page for each that runs.
 
         Args:
             dispatch: number of the next dispatch.
         """
-        starts = []
+        assignments = []
         for prompt in list(self._prompts):
             if prompt.prefilled < len(prompt.request.tokens):
                 break
             while prompt.samples and self._slots and self.pool.free > len(self.running):
-                starts.append(self._start(prompt, dispatch))
+                assignments.append(self._assign(prompt, dispatch))
             self._release_if_done(prompt)
-        return starts
+        return assignments
 
     def make_room(self, ahead: int) -> Iterator[QueuedSamples]:
         """Gives each running sample the pages for `ahead` more tokens, oldest sample first.
@@ -187,7 +187,7 @@ class Shard:
         self._began += 1
         return self._began
 
-    def _start(self, prompt: PromptInLane, dispatch: int) -> Start:
+    def _assign(self, prompt: PromptInLane, dispatch: int) -> SlotAssignment:
         request, slot = prompt.request, heapq.heappop(self._slots)
         full, rest = divmod(len(request.tokens), self.sizes.page_size)
         shared, own = prompt.pages[:full], self.pool.take(1 if rest else 0)
@@ -196,7 +196,7 @@ class Shard:
         self.table[slot, : len(pages)] = pages
         number = prompt.samples.popleft()
         self.running[slot] = RunningSample(prompt, number, slot, pages, self._number(), dispatch)
-        return Start(
+        return SlotAssignment(
             lane=prompt.lane,
             slot=slot,
             sample=request.first + number,

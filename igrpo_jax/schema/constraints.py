@@ -38,12 +38,12 @@ def _sources(config: "Config") -> Iterator[tuple[str, str]]:
         fix = "a step of a sum depends on those before it and cannot be checked alone; set data.task to lookups"
         yield "warm_start.refinements", fix
     if config.warm_start.refinements in ("verdicts", "critiqued") and not config.warm_start.draft_error_rate:
-        yield "warm_start.draft_error_rate", "half of the drafts are wrong in such a start; set it above 0"
+        yield "warm_start.draft_error_rate", "half of the drafts are wrong in such a warm start; set it above 0"
     if config.warm_start.refinements == "critiqued" and "{verdict}" not in config.refine.instruction:
         fix = "only {verdict} tells the model which drafts its teacher repeats; put it in refine.instruction"
         yield "warm_start.refinements", fix
     if config.warm_start.steps and config.model.path:
-        yield "warm_start.steps", "the supervised start is for the built-in model; set it to 0 with model.path"
+        yield "warm_start.steps", "the warm start is for the built-in model; set it to 0 with model.path"
     if config.sft.draft_fraction and not (config.sft.draft_column or config.sft.drafts_from):
         yield "sft.draft_column", "name the column of the drafts that sft.draft_fraction asks for, or sft.drafts_from"
     if config.sft.draft_column and config.sft.drafts_from:

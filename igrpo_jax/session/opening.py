@@ -51,7 +51,7 @@ from igrpo_jax.session import ending, overview, resuming
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 from igrpo_jax.session.run_context import enter_mesh
-from igrpo_jax.session.supervised import refuse_supervised
+from igrpo_jax.session.sft import refuse_sft
 from igrpo_jax.session.task import Task, open_run_engine, open_task, origin
 
 SEEN_WITHIN = 60.0  # s; NFS remembers for half of it that a folder did not exist
@@ -68,7 +68,7 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
         RunError: no checkpoint can be read; a full disk.
         Preempted: SIGTERM arrived during this call.
     """
-    refuse_supervised(workdir)
+    refuse_sft(workdir)
     if config.checkpoint.export or config.checkpoint.push:
         hf_write.check_place(workdir / "export")
     task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))
@@ -300,10 +300,10 @@ def _set_fixed_weights(parts: _Parts, params: decoder.Params | None = None) -> N
 
 
 def _warm(task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
-    """Returns `params` after the supervised warm start on the built-in task."""
+    """Returns `params` after the warm start on the built-in task."""
     config = task.config
     problems, _ = TASKS[config.data.task].problems(config)
-    with console.phase("supervised warm start", config.warm_start.steps) as update:
+    with console.phase("warm start", config.warm_start.steps) as update:
 
         def report(step: int, loss: float) -> None:
             update(step, f"loss {loss:.3f}")

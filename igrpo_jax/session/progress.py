@@ -21,13 +21,13 @@ class Progress:
     skipped_in_a_row: int = 0  # steps in a row, up to the last one, that skipped an optimizer step
     named_programs: set[str] = field(default_factory=set)  # kinds of compiled programs that a warning has named
     evaluating: dict[str, Any] | None = None  # what the evaluation that is under way asks, with its step
-    interrupted: int | None = None  # the step whose evaluation was cut short, and for which no start has made up
+    interrupted: int | None = None  # the step whose evaluation was cut short, and for which no launch has made up
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], skipped_optimizer_steps: int) -> "Progress":
         """Returns the progress that a checkpoint holds; its TrainState counts the `skipped_optimizer_steps`."""
         scores = {int(step): scores for step, scores in meta.get("evaluations", {}).items()}
-        in_a_row = meta.get("bad_steps", 0)  # supervised starts once saved neither
+        in_a_row = meta.get("bad_steps", 0)  # SFT runs once saved neither
         evaluating = meta.get("evaluating")
         interrupted = evaluating and evaluating["step"]
         return cls(scores, skipped_optimizer_steps, in_a_row, evaluating=evaluating, interrupted=interrupted)

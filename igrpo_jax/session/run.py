@@ -46,7 +46,7 @@ class StepResult(NamedTuple):
     groups: list[Group]  # one per prompt
     advantages: list[np.ndarray]  # of the refinements of each group, [G] float32
     metrics: dict[str, float]
-    compiled: list[str]  # programs that were compiled during the step, as "kind shape"; none of a start's first step
+    compiled: list[str]  # programs that were compiled during the step, as "kind shape"; none of a launch's first step
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Run:
             self.console.sample(groups[best], advantages[best])
 
     def reported(self, step: int) -> dict[str, float]:
-        """Returns the metrics of a step that an earlier start reported; none where its row is lost."""
+        """Returns the metrics of a step that an earlier launch reported; none where its row is lost."""
         row = cluster.from_first(lambda: next((row for row in self.writer.history if row["step"] == step), {}))
         return {name: math.nan if value is None else value for name, value in row.items() if name != "step"}
 

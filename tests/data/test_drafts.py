@@ -1,4 +1,4 @@
-"""Drafts of a supervised start from what a run, an evaluation and a probe have written."""
+"""Drafts of SFT from what a run, an evaluation and a probe have written."""
 
 import dataclasses
 import json

@@ -80,7 +80,7 @@ def test_a_teacher_that_checks_is_right_more_often_than_one_that_does_not(error,
     assert (refined == truth)[wrong].mean() == pytest.approx((1 - error / 9) * (1 - error), abs=0.02)
 
 
-def test_examples_of_the_supervised_start():
+def test_examples_of_the_warm_start():
     """Arithmetic draws a draft and then the solution. A teacher of look-ups may check the draft or ignore it."""
     settings = config.WarmStartConfig(error_rate=0.2, draft_error_rate=0.7)
     sums = config.Config(warm_start=settings)

@@ -193,7 +193,7 @@ class FailingVerifier(StubVerifier):
 @pytest.mark.slow
 @pytest.mark.parametrize("sound", [20, 30])
 def test_what_a_verifier_failed_on_too_often_is_graded_anew(evaluator, params, tmp_path, sound):
-    """In the single shot and in a round: red if rows of dead workers count as wrong answers at the next start."""
+    """In the single shot and in a round: red if rows of dead workers count as wrong answers at the next launch."""
     changes = {"evaluation__rounds": 1, "rewards__max_error_fraction": 0.1}
     whole = evaluator(**changes).run(params, tmp_path / "whole")
     failing = evaluator(**changes)

@@ -149,8 +149,8 @@ def test_the_card_says_what_was_done_and_what_was_measured(tmp_path):
     assert "made no evaluation after step 3" in plain and "model-index" not in front_matter(plain)
     assert front_matter(card.model_card(CONFIG, tmp_path, 7, "o/n", adapter=True))["library_name"] == "peft"
     (tmp_path / "sft.json").write_text("{}")
-    supervised = card.model_card(CONFIG, tmp_path, 7, "o/n", adapter=False)
-    assert "A supervised start" in supervised and front_matter(supervised)["tags"] == ["igrpo_jax", "sft"]
+    tuned = card.model_card(CONFIG, tmp_path, 7, "o/n", adapter=False)
+    assert "Supervised fine-tuning" in tuned and front_matter(tuned)["tags"] == ["igrpo_jax", "sft"]
 
 
 def test_the_card_names_no_path_of_the_machine_and_escapes_all_text(tmp_path):

@@ -191,8 +191,8 @@ def test_tensorboard_keeps_names_and_hides_what_a_resume_writes_again(tmp_path, 
     assert starts(first) == [0] and starts(second) == [8]
 
 
-def test_tensorboard_has_the_supervised_start_by_its_own_steps(tmp_path, board):
-    """In a run of its own: a resume from step 7 hides all steps after it, which the start's 2000 would be too."""
+def test_tensorboard_has_the_warm_start_by_its_own_steps(tmp_path, board):
+    """In a run of its own: a resume from step 7 hides all steps after it, which the warm start's 2000 would be too."""
     with Writer(tmp_path, board) as writer:
         writer.write(0, {"warm_start/step": 20, "warm_start/loss": 1.5})
         writer.write(0, {"warm_start/step": 40, "warm_start/loss": 1.25})

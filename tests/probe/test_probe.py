@@ -74,7 +74,7 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
         bucket.remove(name)
     assert f"written to {bucket / 'probe.html'}" in call("--workdir", bucket.address)
     assert bucket.read("probe.json") == written["probe.json"] and removed in bucket.names()
-    # What failed too often in an earlier start is no wrong answer in a later one, but drawn and graded again.
+    # What failed too often in an earlier launch is no wrong answer in a later one, but drawn and graded again.
     failed = [json.dumps(json.loads(row) | {"status": "error"}) + "\n" for row in rows]
     (out / "answers.jsonl").write_text("".join(failed))
     assert "answers ..." in call()

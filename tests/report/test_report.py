@@ -410,16 +410,16 @@ def test_what_people_look_for_has_a_plot(tmp_path):
     assert not sections[table.OTHER][0].drawn
 
 
-def test_a_supervised_start_is_shown_as_what_it_is(tmp_path):
+def test_an_sft_run_is_shown_as_what_it_is(tmp_path):
     settings = {"algorithm": {"num_drafts": 4, "loss_type": "grpo"}, "steps": 3, "prompts_per_step": 2}
     rows = [{"step": i, "sft/loss": 3.0 - i, "perf/step_time": 0.5} for i in (1, 2, 3)]
     run = read(write(tmp_path / "run", rows, settings))
-    assert run.is_supervised and run.steps == [1, 2, 3] and run.notes == []
+    assert run.is_sft and run.steps == [1, 2, 3] and run.notes == []
     shown = summary.summary(run, "refinements")
-    assert {"step 3 of 3", "supervised start", "2 examples a step"} <= set(shown.facts) and "grpo" not in str(
+    assert {"step 3 of 3", "supervised fine-tuning", "2 examples a step"} <= set(shown.facts) and "grpo" not in str(
         shown.facts
     )
-    assert "a supervised start has no evaluations" in shown.conclusion.reasons[0]
+    assert "SFT has no evaluations" in shown.conclusion.reasons[0]
 
 
 def test_the_folder_of_a_model_is_no_run(tmp_path):

@@ -115,15 +115,16 @@ class AnyOrder:
 
     def start(self, dispatch):
         prompts = {prompt.lane: prompt for prompt in self.shard._prompts}
-        starts = self.shard.starts(dispatch)
-        assert not starts or self.shard.pool.free >= len(self.shard.running) - 1
-        for start in starts:
-            prompt, sample = prompts[start.lane], self.shard.running[start.slot]
-            assert prompt.request is sample.request and prompt.prefilled == len(prompt.request.tokens) == start.length
-            assert start.sample == sample.sample_id and start.limit == sample.request.limit_of(sample.number)
-            full, rest = divmod(start.length, self.shard.sizes.page_size)
+        assignments = self.shard.assign_slots(dispatch)
+        assert not assignments or self.shard.pool.free >= len(self.shard.running) - 1
+        for assignment in assignments:
+            prompt, sample = prompts[assignment.lane], self.shard.running[assignment.slot]
+            assert prompt.request is sample.request and prompt.prefilled == len(prompt.request.tokens)
+            assert assignment.length == prompt.prefilled
+            assert assignment.sample == sample.sample_id and assignment.limit == sample.request.limit_of(sample.number)
+            full, rest = divmod(assignment.length, self.shard.sizes.page_size)
             assert sample.pages[:full] == prompt.pages[:full] and len(sample.pages) == len(prompt.pages)
-            assert start.copied == ((prompt.pages[full], sample.pages[full]) if rest else None)
+            assert assignment.copied == ((prompt.pages[full], sample.pages[full]) if rest else None)
 
     def draw(self, ahead):
         """Makes room for some tokens, and draws some of them in each slot."""
@@ -222,14 +223,14 @@ class Device:
             self.pages[self.place(piece.pages, position)] = (prompt, position)
         self.lanes[piece.lane] = (prompt, piece.before + len(piece.tokens))
 
-    def start(self, starts, totals):
+    def start(self, assignments, totals):
         held = dict(self.pages)
-        for start in starts:
-            assert self.lanes[start.lane] == (start.prompt, start.length)
-            for offset in range(self.sizes.page_size) if start.copied else ():
-                self.pages[start.copied[1], offset] = held.get((start.copied[0], offset))
-            total = min(totals[start.prompt, start.sample], start.limit)
-            self.slots[start.slot] = Slot(start.prompt, start.sample, start.length, total)
+        for assignment in assignments:
+            assert self.lanes[assignment.lane] == (assignment.prompt, assignment.length)
+            for offset in range(self.sizes.page_size) if assignment.copied else ():
+                self.pages[assignment.copied[1], offset] = held.get((assignment.copied[0], offset))
+            total = min(totals[assignment.prompt, assignment.sample], assignment.limit)
+            self.slots[assignment.slot] = Slot(assignment.prompt, assignment.sample, assignment.length, total)
 
     def decode(self, slots, table, furthest, min_active):
         rows = [self.slots[slot] for slot in slots]
@@ -282,8 +283,8 @@ class Engine:
                 device.read(piece)
         return state
 
-    def fork(self, state, starts, sampling):
-        for device, own in zip(state, starts, strict=True):
+    def fork(self, state, assignments, sampling):
+        for device, own in zip(state, assignments, strict=True):
             for first in range(0, len(own), WIDTH):
                 device.start(own[first : first + WIDTH], self.totals)
         return state
@@ -370,7 +371,7 @@ def test_a_prompt_begins_where_a_page_is_left_for_each_that_runs_or_waits():
     assert shard.pool.used == 2
     assert shard.can_begin(24) and not shard.can_begin(25)  # with the page of the prompt that waits
     shard.pieces(64)
-    assert len(shard.starts(0)) == 2 and not shard.pending
+    assert len(shard.assign_slots(0)) == 2 and not shard.pending
     assert shard.pool.used == 3  # each has the first page of the prompt, and a copy of the second one
     assert shard.can_begin(16) and not shard.can_begin(17)  # 4 pages, and 1 for each of three
     shard.begin(QueuedSamples(request_of(1, 1, [4, 4]), deque([0, 1])))
@@ -392,7 +393,7 @@ def test_the_prompt_that_began_last_is_preempted_first():
     first, *others = (request_of(index, tokens, [6]) for index, tokens in enumerate((1, 2, 2)))
     shard.begin(QueuedSamples(first, deque([0])))
     shard.pieces(64)
-    shard.starts(0)
+    shard.assign_slots(0)
     for request in others:
         shard.begin(QueuedSamples(request, deque([0])))
     assert shard.pool.free == 4

@@ -25,7 +25,7 @@ def test_a_checkpoint_says_which_evaluation_was_interrupted():
 
 
 def test_an_evaluation_whose_scores_are_in_the_rows_is_no_longer_interrupted():
-    """A start has made up for it, and called `on_step`, which may have raised."""
+    """A launch has made up for it, and called `on_step`, which may have raised."""
     progress = Progress.from_meta(Progress(evaluating={"step": 3}).meta(), 0)
     progress.recall({"2": {}})
     assert progress.interrupted == 3

@@ -1,8 +1,8 @@
-"""A supervised start as a separate run: examples, steps, rows of metrics, checkpoints, and a resume from them.
+"""Supervised fine-tuning (SFT) as a separate run: examples, steps, rows of metrics, checkpoints, and how it resumes.
 
 It imitates the solutions of config.data.train with the settings of a run: `model`, `optimizer`, `learner`, `mesh`,
 `steps` or `epochs`, `prompts_per_step` examples a step, `checkpoint` and `log`. Its folder is exported and evaluated
-like any run's, and the file SUPERVISED in it says that reinforcement learning does not go on there.
+like any run's, and the file SFT in it says that reinforcement learning does not go on there.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.workdir import (
-    SUPERVISED,
+    SFT,
     Claim,
     check_workdir,
     locked,
@@ -53,7 +53,7 @@ from igrpo_jax.storage.reading import read_bytes
 
 
 @dataclass(frozen=True)
-class SupervisedTask:
+class SftTask:
     """What is read and checked before anything is written."""
 
     config: Config
@@ -79,17 +79,16 @@ class SupervisedTask:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def refuse_supervised(workdir: Path) -> None:
-    """Raises InputError if `workdir` is the folder of a supervised start."""
-    if SUPERVISED in names(workdir):
+def refuse_sft(workdir: Path) -> None:
+    """Raises InputError if `workdir` is the folder of an SFT run."""
+    if SFT in names(workdir):
         raise InputError(
-            f"--workdir {workdir}: holds a supervised start; export it, and train the export (model.path) in another "
-            "--workdir"
+            f"--workdir {workdir}: holds an SFT run; export it, and train the export (model.path) in another --workdir"
         )
 
 
-def train_supervised(config: Config, workdir: str | Path) -> None:
-    """Runs or resumes the supervised start that `config` describes in `workdir`.
+def train_sft(config: Config, workdir: str | Path) -> None:
+    """Runs or resumes the SFT that `config` describes in `workdir`.
 
     Raises:
         InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
@@ -97,13 +96,13 @@ def train_supervised(config: Config, workdir: str | Path) -> None:
         Preempted: SIGTERM arrived, and what can be resumed is saved.
     """
     with run_context(config, workdir) as (path, console, stack):
-        task = open_supervised(config, cluster.from_first(functools.partial(recorded_date, path)))
+        task = open_sft(config, cluster.from_first(functools.partial(recorded_date, path)))
         read = {"examples": task.fingerprint, "weights of config.model.path": task.policy.fingerprint}
         enter_mesh(stack, task.config, task.mesh, read)
         _run(task, path, console, stack)
 
 
-def open_supervised(config: Config, recorded_date: str | None = None) -> SupervisedTask:
+def open_sft(config: Config, recorded_date: str | None = None) -> SftTask:
     """Reads model files (not weights) and solutions, and checks that they fit together.
 
     Raises:
@@ -111,8 +110,8 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
     """
     if not (config.model.path and config.data.train):
         raise InputError(
-            "config.model.path, config.data.train: a supervised start needs a model and solutions; the built-in model "
-            "has its own, config.warm_start.steps"
+            "config.model.path, config.data.train: SFT needs a model and solutions; the built-in model has a warm "
+            "start of its own, config.warm_start.steps"
         )
     trackers.check(config.log)
     config, policy, renderer = open_model(config, recorded_date)
@@ -147,10 +146,10 @@ def open_supervised(config: Config, recorded_date: str | None = None) -> Supervi
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
     steps = config.steps or max(1, int(config.epochs * len(examples) / config.prompts_per_step))
-    return SupervisedTask(config, policy, renderer, mesh, examples, notes, longest_prompt, steps)
+    return SftTask(config, policy, renderer, mesh, examples, notes, longest_prompt, steps)
 
 
-def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
+def _run(task: SftTask, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
     """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
     config, total = task.config, task.total_steps
     made_for = supervised.learner_config(config)
@@ -160,7 +159,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
     claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, task)))
     if notice := claim.notice(workdir):
         console.message(notice)
-    console.table("Supervised start", _overview(task, workdir))
+    console.table("SFT run", _overview(task, workdir))
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
     latest = cluster.from_first(lambda: store.latest_step() if claim.resumes else None)
@@ -207,7 +206,7 @@ def _run(task: SupervisedTask, workdir: Path, console: Console, stack: contextli
 
 
 def _step(
-    task: SupervisedTask,
+    task: SftTask,
     learner: Learner,
     state: TrainState,
     step: int,
@@ -243,31 +242,31 @@ def _step(
 def _check(workdir: Path, config: Config) -> None:
     """Raises InputError if `workdir` holds another run, or a run of reinforcement learning; writes nothing."""
     present = names(workdir)
-    # A start that was killed before it wrote this file has neither checkpoints nor samples.
-    if SUPERVISED not in present and present & {"checkpoints", "samples"}:
-        raise InputError(f"--workdir {workdir}: holds a run that is not a supervised start; give another folder")
+    # A launch that was killed before it wrote this file has neither checkpoints nor samples.
+    if SFT not in present and present & {"checkpoints", "samples"}:
+        raise InputError(f"--workdir {workdir}: holds a run that is not of SFT; give another folder")
     check_workdir(workdir, config)
 
 
-def _claim(workdir: Path, task: SupervisedTask) -> Claim:
-    """Claims `workdir` for a supervised start on these examples.
+def _claim(workdir: Path, task: SftTask) -> Claim:
+    """Claims `workdir` for SFT on these examples.
 
     Raises:
-        InputError: it holds another run, a run of reinforcement learning, or a start on other examples.
+        InputError: it holds another run, a run of reinforcement learning, or one of SFT on other examples.
     """
     _check(workdir, task.config)  # again, inside the lock: another process may have begun a run since
-    kind, present = workdir / SUPERVISED, names(workdir)
+    kind, present = workdir / SFT, names(workdir)
     claim = prepare_workdir(workdir, task.config)
     if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != task.fingerprint:
         raise InputError(
-            f"config.data.train = {task.config.data.train!r}: its examples differ from those that the start in "
+            f"config.data.train = {task.config.data.train!r}: its examples differ from those that the run in "
             f"{workdir} began with; restore {origin(task.config)} and the tokenizer, or give another --workdir"
         )
     write_atomically(kind, json.dumps({"examples": task.fingerprint}) + "\n")
     return claim
 
 
-def _first_state(task: SupervisedTask, learner: Learner, console: Console) -> TrainState:
+def _first_state(task: SftTask, learner: Learner, console: Console) -> TrainState:
     """Returns the state before the first step."""
     config = task.config
     if config.model.lora.rank:
@@ -275,7 +274,7 @@ def _first_state(task: SupervisedTask, learner: Learner, console: Console) -> Tr
     return learner.init(weights.load(task.policy, task.mesh, config.seed, "float32", console))
 
 
-def _overview(task: SupervisedTask, workdir: Path) -> list[tuple[str, object]]:
+def _overview(task: SftTask, workdir: Path) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first step."""
     config, lora = task.config, task.config.model.lora
     drafts = f"{config.sft.draft_fraction:.0%} of the examples of problems that have one"
