@@ -23,7 +23,7 @@ from igrpo_jax.storage import reading
 from igrpo_jax.storage.addresses import path_of
 
 if TYPE_CHECKING:
-    from igrpo_jax.evaluation.inference import EvaluationTask
+    from igrpo_jax.evaluation.inference import EvaluationInputs
 
 USAGE = (
     "python -m igrpo_jax.evaluate [--config FILE] --model MODEL --benchmarks a,b [--samples K] [--rounds R] "
@@ -96,16 +96,16 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
         stack.enter_context(preemption.noticed(config.checkpoint.preemption_grace))
         console = stack.enter_context(Console())
         recorded_date = cluster.from_first(functools.partial(results.recorded_date, out))
-        task = inference.open_evaluation(config, model, step, rows, recorded_date)
+        inputs = inference.open_evaluation(config, model, step, rows, recorded_date)
         settings = {
-            "model": task.name,
-            "step": task.step,
-            "weights_written": task.weights_written,
-            **results.settings(task.config, task.plan.max_new_tokens),
+            "model": inputs.name,
+            "step": inputs.step,
+            "weights_written": inputs.weights_written,
+            **results.settings(inputs.config, inputs.plan.max_new_tokens),
         }
         stack.enter_context(results.held(out, settings))
-        console.table("Evaluation", overview(task))
-        benchmarks, params = inference.load(task, console, stack)
+        console.table("Evaluation", overview(inputs))
+        benchmarks, params = inference.load(inputs, console, stack)
         began = time.perf_counter()
         try:
             summaries = benchmarks.run(params, out, settings)
@@ -115,19 +115,19 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
     return summaries
 
 
-def overview(task: "EvaluationTask") -> list[tuple[str, object]]:
+def overview(inputs: "EvaluationInputs") -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first answer."""
     from igrpo_jax.evaluation.planning import left_out, samples_per_problem
 
-    config, settings, plan = task.config, task.config.evaluation, task.plan
+    config, settings, plan = inputs.config, inputs.config.evaluation, inputs.plan
     rounds = "none"
     if settings.rounds:
         rounds = f"{settings.rounds} of draft -> refine, each from one of up to {settings.drafts} answers"
-    step = "" if task.step is None else f", step {task.step}"
+    step = "" if inputs.step is None else f", step {inputs.step}"
     answers = {name: samples_per_problem(config, name) for name in plan.prompts}
-    size = f"{task.policy.cfg.num_params / 1e6:,.1f} M parameters"
+    size = f"{inputs.policy.cfg.num_params / 1e6:,.1f} M parameters"
     return [
-        ("model", f"{task.name}{step}, {size}, {config.model.dtype}"),
+        ("model", f"{inputs.name}{step}, {size}, {config.model.dtype}"),
         *(
             (name, f"{len(prompts):,} problems, {answers[name]} answer{'s' * (answers[name] != 1)} each")
             for name, prompts in plan.prompts.items()

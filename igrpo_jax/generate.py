@@ -126,10 +126,10 @@ def generate(
     config = replace(config, evaluation=replace(config.evaluation, samples=config.evaluation.samples or drafts(config)))
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console())
-        task = inference.open_evaluation(config, str(model), step, rows)
-        for note in task.plan.notes:
+        inputs = inference.open_evaluation(config, str(model), step, rows)
+        for note in inputs.plan.notes:
             console.message(note)
-        evaluator, params = inference.load(task, console, stack)
+        evaluator, params = inference.load(inputs, console, stack)
         drawn = evaluator.sampled(params, NAME, chains=("vote",))
         return [
             [
@@ -137,7 +137,7 @@ def generate(
                 for path in evaluator.paths(prompt, drawn)
                 for row in drawn.of(prompt.index, path)
             ]
-            for prompt in task.plan.prompts[NAME]
+            for prompt in inputs.plan.prompts[NAME]
         ]
 
 

@@ -66,7 +66,7 @@ def _train(
     is_watched = cluster.any_of(on_step is not None)  # it may be given on one process only
     if is_watched and done and run.progress.interrupted == done:
         _call(on_step, run, state, done, run.reported(done) | run.progress.scores.get(done, {}))
-    for step in range(done + 1, run.task.total_steps + 1):
+    for step in range(done + 1, run.inputs.total_steps + 1):
         with run.saving_at_end(step - 1, state):
             run.stop_if_preempted()
             result = train_step(run, state, step)
@@ -114,7 +114,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
     learner, name, is_first = run.learner, f"step {step}", step == run.resumed_after + 1
     with _profiled(run.config, run.workdir, step), compilations() as compiled:
         began = time.perf_counter()
-        prompts = functools.partial(run.task.step_prompts, step)  # maps the number of a redraw to its prompts
+        prompts = functools.partial(run.inputs.step_prompts, step)  # maps the number of a redraw to its prompts
         with watchdog.phase("rollout", name):
             groups, sampled = run.rollout.collect(learner.rollout_params(state.params), step, prompts)
         if is_first:
@@ -131,7 +131,7 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
     times["perf/wall_time"] = time.time()
     metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled}
     metrics |= {**credit.reward_metrics(groups, run.config), **times, **peak_memory()}
-    metrics |= throughput(metrics, list(run.task.mesh.devices.flat))
+    metrics |= throughput(metrics, list(run.inputs.mesh.devices.flat))
     return StepResult(state, groups, advantages, metrics, compiled)
 
 

@@ -260,13 +260,13 @@ def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
     """Where the copy is output-major, as on CPUs, it is another one on every mesh."""
     asked = configured(**{"model.path": str(model), "rollout.mesh.tensor": tensor} | changes)
     rows = {"mine": [Row("0", 0, "1+2", "3", {})]}
-    task = inference.open_evaluation(asked, str(model), None, rows)
+    inputs = inference.open_evaluation(asked, str(model), None, rows)
     seen = []
     monkeypatch.setattr(inference, "device_bytes", lambda: 1 << 30)
     monkeypatch.setattr(layout, "uses_output_major", lambda mesh: output_major)
     monkeypatch.setattr(inference, "open_engine", lambda c, model, mesh, eos_ids, memory, **sizes: seen.append(memory))
-    inference._engine(task.config, task.policy, task.mesh, task.plan)
-    read = 4 * task.policy.cfg.num_params / task.mesh.shape["fsdp"]
+    inference._engine(inputs.config, inputs.policy, inputs.mesh, inputs.plan)
+    read = 4 * inputs.policy.cfg.num_params / inputs.mesh.shape["fsdp"]
     held = 0 if is_kept and tensor == 1 and not output_major else read
     assert (1 << 30) - seen[0] == pytest.approx(held, rel=0.1)
 
@@ -511,10 +511,10 @@ def dated_model(model, tmp_path):
 @pytest.mark.slow
 def test_an_evaluation_keeps_the_day_of_its_chat_template(call, dated_model, folder, tmp_path, monkeypatch):
     """It was continued on the next day with other prompts. Here each command ends where it would read the weights."""
-    tasks = []
+    opened = []
 
-    def load(task, *_):
-        tasks.append(task)
+    def load(inputs, *_):
+        opened.append(inputs)
         raise InputError("this far")
 
     def begin(model, out, *more, says="this far"):
@@ -524,7 +524,7 @@ def test_an_evaluation_keeps_the_day_of_its_chat_template(call, dated_model, fol
         return json.loads((tmp_path / out / "evaluation.json").read_text())
 
     def prompt():
-        return tasks[-1].policy.tokenizer.decode(tasks[-1].plan.prompts["mine"][0].tokens)
+        return opened[-1].policy.tokenizer.decode(opened[-1].plan.prompts["mine"][0].tokens)
 
     monkeypatch.setattr(inference, "load", load)
     chat_templates.set_today(monkeypatch, "2026-11-26")
@@ -546,8 +546,8 @@ def test_a_run_and_its_export_have_the_same_prompts_on_any_day(call, dated_model
     """With the day and the variables of the run, also where transformers renders the template of the export."""
     prompts = []
 
-    def load(task, *_):
-        prompts.append(task.policy.tokenizer.decode(task.plan.prompts["prompts"][0].tokens))
+    def load(inputs, *_):
+        prompts.append(inputs.policy.tokenizer.decode(inputs.plan.prompts["prompts"][0].tokens))
         raise InputError("this far")
 
     monkeypatch.setattr(inference, "load", load)
@@ -591,8 +591,8 @@ def test_the_table_counts_one_answer_as_one():
         settings = config.Config(evaluation=config.EvaluationConfig(samples=samples))
         policy = SimpleNamespace(cfg=SimpleNamespace(num_params=1))
         plan = SimpleNamespace(prompts={"mine": [1, 2]}, max_new_tokens=8, notes=[])
-        task = SimpleNamespace(config=settings, plan=plan, step=None, policy=policy, name="m")
-        assert ("mine", said) in evaluate.overview(task)
+        inputs = SimpleNamespace(config=settings, plan=plan, step=None, policy=policy, name="m")
+        assert ("mine", said) in evaluate.overview(inputs)
 
 
 def test_no_benchmark_is_refused_by_the_function_too(tmp_path):

@@ -153,10 +153,10 @@ def test_a_start_in_a_bucket_is_saved_on_sigterm(settings, tmp_path, bucket, mon
     settings = replace(settings, checkpoint=config.CheckpointConfig(every=99))
     step = sft._step
 
-    def interrupted(task, learner, state, number, *rest):
+    def interrupted(inputs, learner, state, number, *rest):
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(task, learner, state, number, *rest)
+        return step(inputs, learner, state, number, *rest)
 
     monkeypatch.setattr(sft, "_step", interrupted)
     with pytest.raises(Preempted, match=r"preempted: step 2 of 3 is saved in gs://bucket/"):
@@ -171,9 +171,9 @@ def test_a_start_in_a_bucket_is_saved_on_sigterm(settings, tmp_path, bucket, mon
 
 def saved(settings, workdir):
     """The parameters of the last checkpoint, by path, on the host."""
-    task = sft.open_sft(settings)
-    with jax.set_mesh(task.mesh), Console() as console:
-        params, step = weights.saved(task.config, task.policy, workdir, task.mesh, console, None, "float32")
+    inputs = sft.open_sft(settings)
+    with jax.set_mesh(inputs.mesh), Console() as console:
+        params, step = weights.saved(inputs.config, inputs.policy, workdir, inputs.mesh, console, None, "float32")
     assert step == 3
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -211,10 +211,10 @@ def test_what_evaluations_ask_is_no_example_and_a_resume_asks_the_same(settings,
     (tmp_path / "mine.jsonl").write_text('{"prompt": "3 + 1?", "answer": "4"}\n')
     asked = config.EvaluationConfig(benchmarks=("mine",), data_dir=str(tmp_path))
     settings = replace(settings, data=replace(settings.data, clean=True), evaluation=asked)
-    task = sft.open_sft(settings)
-    assert len(task.examples) == 19 and ("training problems like mine's", "1 of 20, left out") in task.notes
+    inputs = sft.open_sft(settings)
+    assert len(inputs.examples) == 19 and ("training problems like mine's", "1 of 20, left out") in inputs.notes
     (tmp_path / "run").mkdir()
-    sft._claim(tmp_path / "run", task)
+    sft._claim(tmp_path / "run", inputs)
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     other = sft.open_sft(replace(settings, evaluation=config.EvaluationConfig()))
     message = error_of(sft._claim, tmp_path / "run", other)
@@ -226,14 +226,14 @@ def test_what_sft_needs(settings, tmp_path):
     assert "needs a model and solutions" in error_of(sft.open_sft, bare)
     short = replace(settings, rollout=config.RolloutConfig(max_completion_length=8))
     assert "all 20 solutions are longer" in error_of(sft.open_sft, short)
-    task = sft.open_sft(settings)
+    inputs = sft.open_sft(settings)
     (tmp_path / "of_a_run" / "samples").mkdir(parents=True)
     (tmp_path / "of_a_run" / "config.json").write_text("{}")
-    assert "holds a run that is not of SFT" in error_of(sft._claim, tmp_path / "of_a_run", task)
+    assert "holds a run that is not of SFT" in error_of(sft._claim, tmp_path / "of_a_run", inputs)
     # One that was killed as soon as it had written its settings.
     (tmp_path / "killed").mkdir()
-    workdirs.prepare_workdir(tmp_path / "killed", task.config)
-    assert sft._claim(tmp_path / "killed", task) == (True, [])
+    workdirs.prepare_workdir(tmp_path / "killed", inputs.config)
+    assert sft._claim(tmp_path / "killed", inputs) == (True, [])
     tree = config.default()
     tree.sft.draft_fraction = 0.5
     assert "config.sft.draft_column = ''" in error_of(config.freeze, tree)

@@ -34,10 +34,10 @@ from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.verifier import Verifier
-from igrpo_jax.session import opening, overview, run_context, task
+from igrpo_jax.session import opening, overview, run_context, run_inputs
 from igrpo_jax.session.run import Run as Opened
 from igrpo_jax.session.run import utilization
-from igrpo_jax.session.task import open_task
+from igrpo_jax.session.run_inputs import open_inputs
 
 
 def test_a_run_says_that_it_replaces_one_without_a_checkpoint(tmp_path):
@@ -57,7 +57,7 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
     calls = []
 
     class Run:
-        resumed_after, task = 2, SimpleNamespace(total_steps=4)
+        resumed_after, inputs = 2, SimpleNamespace(total_steps=4)
         progress = SimpleNamespace(scores={2: {"eval/x": 0.25}}, interrupted=2)  # an earlier launch ended there
         reported = lambda self, step: {"reward": step / 2}
         stop_if_preempted = finish = lambda self, *_: None
@@ -83,7 +83,7 @@ def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
     calls = []
 
     class Run:
-        resumed_after, task, workdir = 0, SimpleNamespace(total_steps=9), tmp_path
+        resumed_after, inputs, workdir = 0, SimpleNamespace(total_steps=9), tmp_path
         progress = SimpleNamespace(scores={}, interrupted=0)  # in the evaluation before the first step
         stop_if_preempted = report = save = finish = lambda self, *_: None
         saving_at_end = lambda self, *_: contextlib.nullcontext()
@@ -202,7 +202,7 @@ def test_an_interrupt_leaves_no_state_on_the_devices(monkeypatch, tmp_path):
         return made
 
     class Run:
-        resumed_after, task = 0, SimpleNamespace(total_steps=1)
+        resumed_after, inputs = 0, SimpleNamespace(total_steps=1)
         stop_if_preempted = lambda self: None
         saving_at_end = Opened.saving_at_end
 
@@ -273,9 +273,9 @@ def test_a_profiler_that_would_crash_is_refused(monkeypatch):
     """JAX's, where libtpu is installed and looked for, and there is no TPU."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu")
     for platforms, steps, refused in ((None, (2,), True), ("cpu", (2,), False), (None, (), False)):
-        monkeypatch.setattr(task.jax, "config", SimpleNamespace(jax_platforms=platforms))
+        monkeypatch.setattr(run_inputs.jax, "config", SimpleNamespace(jax_platforms=platforms))
         with pytest.raises(InputError, match="JAX_PLATFORMS=cpu") if refused else contextlib.nullcontext():
-            task.check_profiler(config.LogConfig(profile_steps=steps))
+            run_inputs.check_profiler(config.LogConfig(profile_steps=steps))
 
 
 @pytest.mark.slow
@@ -396,10 +396,10 @@ def test_clean_compares_with_all_that_evaluation_may_ask(tmp_path):
     c = dataclasses.replace(c, prompts_per_step=1, checkpoint=dataclasses.replace(c.checkpoint, best_metric=""))
     for every, asked in ((0, {}), (1, {"mine": ["2+2"]})):
         held_out = {"every": every, "benchmarks": ("mine",), "data_dir": str(tmp_path), "limit": 1}
-        task = open_task(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
-        assert [prompt.question for prompt in task.prompts] == ["1+1"]
-        assert ("training problems like mine's", "1 of 2, left out") in task.notes
-        assert {name: [one.question for one in some] for name, some in task.evaluation_plan.prompts.items()} == asked
+        inputs = open_inputs(dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, **held_out)))
+        assert [prompt.question for prompt in inputs.prompts] == ["1+1"]
+        assert ("training problems like mine's", "1 of 2, left out") in inputs.notes
+        assert {name: [one.question for one in some] for name, some in inputs.evaluation_plan.prompts.items()} == asked
 
 
 @pytest.mark.slow
@@ -526,7 +526,7 @@ def test_custom_rewards_are_called_with_right_and_wrong_answers(tmp_path, monkey
 
     def notes(*names):
         paths = tuple(f"rewards_of_mine:{name}" for name in names)
-        return open_task(dataclasses.replace(c, rewards=dataclasses.replace(c.rewards, functions=paths))).notes
+        return open_inputs(dataclasses.replace(c, rewards=dataclasses.replace(c.rewards, functions=paths))).notes
 
     both = "1 for a right answer, 0 for a wrong one"  # of either problem
     assert notes("is_right", "never") == [
@@ -558,13 +558,13 @@ def test_a_best_metric_without_benchmarks():
     c = settings()
     nothing = dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, benchmarks=()))
     with pytest.raises(InputError, match=r"best_metric = 'eval/arithmetic/pass@1': .*; name a benchmark in evaluation"):
-        open_task(nothing)
+        open_inputs(nothing)
 
 
 @pytest.mark.slow
 def test_a_run_evaluates_what_a_best_metric_may_name(whole):
-    task = open_task(settings())
-    known = set(planning.metric_names(task.config, task.evaluation_plan))
+    inputs = open_inputs(settings())
+    known = set(planning.metric_names(inputs.config, inputs.evaluation_plan))
     for row in rows(whole[0]):
         written = {name for name in row if name.startswith("eval/")}
         assert written <= known and (not written or known - written <= {"eval/arithmetic/solved_length"})
@@ -611,7 +611,7 @@ def test_a_resume_that_is_refused_leaves_the_folder_as_it_was(whole, monkeypatch
     """One with fewer steps than the run has made, and one whose problems are not those that it began with."""
     workdir, said = whole[0], "config.steps = 3: ends after step 3, but the run in .* has already reached step 5"
     if steps > 5:
-        monkeypatch.setattr(opening.Task, "fingerprint", "of other problems")
+        monkeypatch.setattr(opening.RunInputs, "fingerprint", "of other problems")
         said = "its prompts or answers differ from those that the run in"
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"}
     with pytest.raises(InputError, match=said):
@@ -660,10 +660,10 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text('{"prompt": "1+2", "answer": "3"}\n' * 4)
     fields = {"model.path": str(path), "data.train": str(tmp_path / "train.jsonl"), "warm_start.steps": 0}
     fields |= {"evaluation.every": 0, "checkpoint.best_metric": "", "rollout.slots": 8}
-    tasks = []
+    opened = []
 
-    def compiles(task, *_):
-        tasks.append(task)
+    def compiles(inputs, *_):
+        opened.append(inputs)
         raise InputError("this far")
 
     def start(day, says="this far", **more):
@@ -683,9 +683,9 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     fields["seed"] = 7
     (workdir / "damaged_checkpoints" / "1").mkdir(parents=True)  # from here on the run has something to lose
     assert start("2026-11-27") == written
-    tasks.pop(0)
-    assert tasks[0].fingerprint == tasks[1].fingerprint
-    opening._check_data(tasks[1], workdir, tasks[0].fingerprint)
+    opened.pop(0)
+    assert opened[0].fingerprint == opened[1].fingerprint
+    opening._check_data(opened[1], workdir, opened[0].fingerprint)
     other = {"data.template_date": "2026-11-27"}
     start("2026-11-27", "other settings (data.template_date: '2026-11-26' -> '2026-11-27'); give another", **other)
     # A run of a version that wrote no day must be told its day. What it is told is compared with its prompts.
@@ -694,15 +694,15 @@ def test_a_run_keeps_the_day_of_its_chat_template(tmp_path, monkeypatch):
     assert start("2026-11-27", "that of the first launch was not recorded; give the day of that launch") == written
     start("2026-11-27", **other)
     with pytest.raises(InputError) as caught:
-        opening._check_data(tasks[2], workdir, tasks[0].fingerprint)
+        opening._check_data(opened[2], workdir, opened[0].fingerprint)
     day = "(the chat template writes the date, here config.data.template_date = '2026-11-27'; if the run began on"
     assert day in str(caught.value)
     assert "restore the problems, the tokenizer," in str(caught.value)
-    data = dataclasses.replace(tasks[2].config.data, clean=True)
-    cleaned = dataclasses.replace(tasks[2], config=dataclasses.replace(tasks[2].config, data=data))
+    data = dataclasses.replace(opened[2].config.data, clean=True)
+    cleaned = dataclasses.replace(opened[2], config=dataclasses.replace(opened[2].config, data=data))
     named = "restore the problems, config.evaluation.benchmarks and config.evaluation.data_dir (what they ask"
     with pytest.raises(InputError, match=re.escape(named)):
-        opening._check_data(cleaned, workdir, tasks[0].fingerprint)
+        opening._check_data(cleaned, workdir, opened[0].fingerprint)
 
 
 @pytest.mark.proof

@@ -15,7 +15,7 @@ from igrpo_jax import config
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.session import ending
-from igrpo_jax.session.task import open_task
+from igrpo_jax.session.run_inputs import open_inputs
 
 CONFIG = """
 from igrpo_jax.config import default
@@ -73,10 +73,14 @@ def samples(workdir: Path) -> dict[str, str]:
 
 
 def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarray]:
-    task = open_task(run_config)
-    with jax.set_mesh(task.mesh), Checkpointer(workdir, run_config.checkpoint) as store:
+    inputs = open_inputs(run_config)
+    with jax.set_mesh(inputs.mesh), Checkpointer(workdir, run_config.checkpoint) as store:
         learner = Learner(
-            run_config, task.policy.cfg, task.mesh, longest_prompt=task.longest_prompt, total_steps=task.total_steps
+            run_config,
+            inputs.policy.cfg,
+            inputs.mesh,
+            longest_prompt=inputs.longest_prompt,
+            total_steps=inputs.total_steps,
         )
         step, state, meta = store.restore(learner.programs.state)
     assert meta["step"] == step == run_config.steps

@@ -36,7 +36,7 @@ from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.row_sync import SyncProgram
-from igrpo_jax.session.task import check_positions, open_run_engine
+from igrpo_jax.session.run_inputs import check_positions, open_run_engine
 from igrpo_jax.storage import addresses
 
 

@@ -35,7 +35,7 @@ from igrpo_jax.storage.addresses import is_remote, modified, path_of
 
 
 @dataclass(frozen=True)
-class EvaluationTask:
+class EvaluationInputs:
     """A model and the problems that it answers, read and checked before any device work; without weights."""
 
     config: Config
@@ -51,7 +51,7 @@ class EvaluationTask:
 
 def open_evaluation(
     config: Config, model: str, step: int | None, rows: dict[str, list[Row]], recorded_date: str | None = None
-) -> EvaluationTask:
+) -> EvaluationInputs:
     """Returns the model named `model`, with the plan for the problems in `rows`.
 
     Args:
@@ -70,7 +70,7 @@ def open_evaluation(
     policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
     read = {"problems": plan.fingerprint, "weights of the model": "" if run else policy.fingerprint}
     cluster.check_same({"config": to_dict(config), "model": model, "step": step, **read})
-    return EvaluationTask(config, policy, renderer, plan, mesh, run, step, *identity(model, run, step))
+    return EvaluationInputs(config, policy, renderer, plan, mesh, run, step, *identity(model, run, step))
 
 
 def checkpoint_of(model: str, step: int | None) -> tuple[Path | None, int | None]:
@@ -103,28 +103,28 @@ def identity(model: str, run: Path | None, step: int | None) -> tuple[str, str]:
     return name, datetime.fromtimestamp(newest, UTC).isoformat(sep=" ", timespec="milliseconds")
 
 
-def load(task: EvaluationTask, console: Console, stack: contextlib.ExitStack) -> tuple[Evaluator, decoder.Params]:
+def load(inputs: EvaluationInputs, console: Console, stack: contextlib.ExitStack) -> tuple[Evaluator, decoder.Params]:
     """Starts the verifier, makes the sampler and reads the weights; `stack` closes what must be closed."""
-    config, policy, mesh = task.config, task.policy, task.mesh
+    config, policy, mesh = inputs.config, inputs.policy, inputs.mesh
     use_disk_cache(config.compilation_cache)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(showing_waits(console.waiting))
     settings = RewardsConfig(accuracy=1.0, format=0.0, workers=config.rewards.workers, timeout=config.rewards.timeout)
     verifier = stack.enter_context(Verifier(settings))
-    engine = _engine(config, policy, mesh, task.plan)
+    engine = _engine(config, policy, mesh, inputs.plan)
     engine.fit_pages()
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
     tell = lambda: console.message(
         f"{engine.slots} answers at once take {engine.programs.predicted_bytes / 2**30:.2f} GiB on each device"
     )
-    first = engine.first_program_shapes(*task.plan.first(config))
+    first = engine.first_program_shapes(*inputs.plan.first(config))
     stack.enter_context(compiling(first, engine.program_shapes, None, console.phase, tell))
-    if task.run is None:
+    if inputs.run is None:
         params = weights.load(policy, mesh, config.seed, config.model.dtype, console)
     else:
-        params, _ = weights.saved(config, policy, task.run, mesh, console, task.step)
+        params, _ = weights.saved(config, policy, inputs.run, mesh, console, inputs.step)
         params = written(params, export_dtype(params))
-    return Evaluator(config, task.plan, scheduler, task.renderer, verifier, console), params
+    return Evaluator(config, inputs.plan, scheduler, inputs.renderer, verifier, console), params
 
 
 def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Engine:

@@ -24,7 +24,7 @@ from igrpo_jax.loading import check_model
 from igrpo_jax.storage.addresses import path_of
 
 if TYPE_CHECKING:
-    from igrpo_jax.session.task import Task
+    from igrpo_jax.session.run_inputs import RunInputs
 
 USAGE = (
     "python -m igrpo_jax.probe [--config FILE] --model MODEL --data DATA [--problems P] [--workdir OUT] "
@@ -121,21 +121,21 @@ def probe(
     from igrpo_jax.evaluation import inference, results
     from igrpo_jax.outputs.console import Console
     from igrpo_jax.probe import measure
-    from igrpo_jax.session.task import open_task
+    from igrpo_jax.session.run_inputs import open_inputs
 
     check_model(config, model)
     began, folder = time.perf_counter(), path_of(f"--workdir {workdir}", workdir)
     config = planned(config)
     samples = checked(config, answers, problems)
     run, step = inference.checkpoint_of(str(model), step)
-    task = open_task(config, results.recorded_date(folder))
+    inputs = open_inputs(config, results.recorded_date(folder))
     name, written = inference.identity(str(model), run, step)
     head = {"model": name, "step": step, "weights_written": written}
-    asked = measure.ProbeTask(task, run, step, problems, samples, gradients)
+    asked = measure.ProbeInputs(inputs, run, step, problems, samples, gradients)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(task.mesh))
+        stack.enter_context(jax.set_mesh(inputs.mesh))
         learner, engine = measure.programs(asked)  # checks settings before anything is written
-        settings = {"kind": "probe", **head, "samples": samples, **deciding(task)}
+        settings = {"kind": "probe", **head, "samples": samples, **deciding(inputs)}
         still_ours = stack.enter_context(results.held(folder, settings))
         console = stack.enter_context(Console())
         console.table("Probe", measure.plan(asked))
@@ -143,7 +143,7 @@ def probe(
         stack.enter_context(watchdog.watching(config.watchdog))
         answered, measured = measure.measure(asked, learner, engine, folder, console, stack)
         still_ours()
-        summary = measure.finish(task, folder, {**head, "command": command}, answered, measured, console)
+        summary = measure.finish(inputs, folder, {**head, "command": command}, answered, measured, console)
         console.message(f"{time.perf_counter() - began:.1f} s; written to {folder / 'probe.html'}")
     return summary
 
@@ -190,11 +190,11 @@ def checked(config: Config, answers: int | None, problems: int) -> int:
     return answers or least
 
 
-def deciding(task: "Task") -> dict[str, Any]:
+def deciding(inputs: "RunInputs") -> dict[str, Any]:
     """Returns by their dotted names the settings that decide which answers and gradients there are."""
-    tree = to_dict(task.config)  # as JSON has it
+    tree = to_dict(inputs.config)  # as JSON has it
     settings = {path: functools.reduce(lambda part, key: part[key], path.split("."), tree) for path in DECIDING}
-    return {**settings, "data": task.fingerprint, "template_date": task.config.data.template_date}
+    return {**settings, "data": inputs.fingerprint, "template_date": inputs.config.data.template_date}
 
 
 if __name__ == "__main__":

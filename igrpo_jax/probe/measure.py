@@ -28,16 +28,16 @@ from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling.configured import with_slots_for
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.session.task import Task, open_run_engine
+from igrpo_jax.session.run_inputs import RunInputs, open_run_engine
 
 NAMED = 5  # ids of problems that are left out, in a message
 
 
 @dataclass(frozen=True)
-class ProbeTask:
+class ProbeInputs:
     """What is measured, and on which model."""
 
-    task: Task
+    inputs: RunInputs
     run: Path | None  # folder of the run whose model this is; None for other models
     step: int | None  # the step of the run's checkpoint
     problems: int  # at most
@@ -47,29 +47,29 @@ class ProbeTask:
     @property
     def prompts(self) -> list[Prompt]:
         """The prompts that the run would read first."""
-        every = self.task.prompts
-        return [every[i] for i in step_indices(0, min(self.problems, len(every)), len(every), self.task.config.seed)]
+        every = self.inputs.prompts
+        return [every[i] for i in step_indices(0, min(self.problems, len(every)), len(every), self.inputs.config.seed)]
 
 
-def programs(asked: ProbeTask) -> tuple[Learner, Engine]:
+def programs(asked: ProbeInputs) -> tuple[Learner, Engine]:
     """Returns what computes gradients, and a sampler with no more slots than the plain answers need.
 
     Raises:
         InputError: settings that do not fit the model or the devices.
     """
-    task, config, policy = asked.task, asked.task.config, asked.task.policy
-    sizes = {"longest_prompt": task.longest_prompt, "total_steps": 1}
-    learner = Learner(learner_config(config), policy.cfg, task.mesh, **sizes)
+    inputs, config, policy = asked.inputs, asked.inputs.config, asked.inputs.policy
+    sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": 1}
+    learner = Learner(learner_config(config), policy.cfg, inputs.mesh, **sizes)
     memory = device_bytes()
     memory = memory and memory - learner.resident_bytes
-    config = with_slots_for(config, task.mesh, len(asked.prompts) * asked.samples)
-    plan = task.evaluation_plan
-    engine = open_run_engine(config, policy.cfg, task.mesh, policy.eos_ids, task.longest_prompt, plan, memory)
+    config = with_slots_for(config, inputs.mesh, len(asked.prompts) * asked.samples)
+    plan = inputs.evaluation_plan
+    engine = open_run_engine(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
     return learner, engine
 
 
 def measure(
-    asked: ProbeTask, learner: Learner, engine: Engine, folder: Path, console: Console, stack: contextlib.ExitStack
+    asked: ProbeInputs, learner: Learner, engine: Engine, folder: Path, console: Console, stack: contextlib.ExitStack
 ) -> tuple[list[Answered], list[Measured]]:
     """Returns the problems that lack nothing, and what was measured of each of them.
 
@@ -81,18 +81,18 @@ def measure(
     Raises:
         RunError: every problem lacks something.
     """
-    task, config, prompts = asked.task, asked.task.config, asked.prompts
+    inputs, config, prompts = asked.inputs, asked.inputs.config, asked.prompts
     stack.enter_context(showing_waits(console.waiting))
     engine.fit_pages()
     name, limit = config.data.answer_name, config.rollout.max_completion_length
     verifier = stack.enter_context(
-        Verifier(config.rewards, limit, name, folder / "judge.sqlite", max_steps=task.total_steps)
+        Verifier(config.rewards, limit, name, folder / "judge.sqlite", max_steps=inputs.total_steps)
     )
     first = engine.first_program_shapes([len(prompt.tokens) for prompt in prompts], asked.samples)
     stack.enter_context(compiling(first, engine.program_shapes, None, console.phase, lambda: None))
     params, frozen = _weights(asked, console)
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
-    drawn = Answers(config, task.renderer, scheduler, verifier, console, folder, asked.samples)
+    drawn = Answers(config, inputs.renderer, scheduler, verifier, console, folder, asked.samples)
     everyone = drawn.collect(lora.attach(frozen, params, config.model.lora.scaling), prompts)
     answered = [problem for problem in everyone if not problem.lacks]
     if not answered:
@@ -113,29 +113,29 @@ def left_out(everyone: Sequence[Answered]) -> str:
     return "; ".join(f"{len(of)} without {lacks} ({named(of)})" for lacks, of in ids.items())
 
 
-def _weights(asked: ProbeTask, console: Console) -> tuple[decoder.Params, decoder.Params]:
+def _weights(asked: ProbeInputs, console: Console) -> tuple[decoder.Params, decoder.Params]:
     """Returns what is trained, in float32, and what LoRA adapts, {} without LoRA."""
-    task, config = asked.task, asked.task.config
+    inputs, config = asked.inputs, asked.inputs.config
     if asked.run is not None:
-        saved, _ = weights.saved(config, task.policy, asked.run, task.mesh, console, asked.step, "float32")
+        saved, _ = weights.saved(config, inputs.policy, asked.run, inputs.mesh, console, asked.step, "float32")
         frozen, trained = lora.detach(saved)
         return trained, frozen
     if config.model.lora.rank:
-        frozen = weights.load(task.policy, task.mesh, config.seed, config.model.dtype, console)
-        return weights.adapters(config, task.policy, task.mesh), frozen
-    return weights.load(task.policy, task.mesh, config.seed, "float32", console), {}
+        frozen = weights.load(inputs.policy, inputs.mesh, config.seed, config.model.dtype, console)
+        return weights.adapters(config, inputs.policy, inputs.mesh), frozen
+    return weights.load(inputs.policy, inputs.mesh, config.seed, "float32", console), {}
 
 
-def plan(asked: ProbeTask) -> list[tuple[str, object]]:
+def plan(asked: ProbeInputs) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first answer."""
-    task, config, algorithm = asked.task, asked.task.config, asked.task.config.algorithm
-    name = f"{task.policy.path or 'built-in'}, {task.policy.cfg.num_params / 1e6:,.1f} M parameters"
+    inputs, config, algorithm = asked.inputs, asked.inputs.config, asked.inputs.config.algorithm
+    name = f"{inputs.policy.path or 'built-in'}, {inputs.policy.cfg.num_params / 1e6:,.1f} M parameters"
     size, count = algorithm.num_generations, len(asked.prompts)
     kept = f"each the {algorithm.draft_selection} of {algorithm.num_drafts}"
     return [
         ("model", f"{name}, {config.model.dtype}"),
-        ("problems", f"{count:,} of {len(task.prompts):,}"),
-        *task.notes,
+        ("problems", f"{count:,} of {len(inputs.prompts):,}"),
+        *inputs.notes,
         ("plain answers", f"{asked.samples} to each problem, of up to {config.rollout.max_completion_length:,} tokens"),
         ("refinements", f"{size} of a right and {size} of a wrong draft, {kept}"),
         ("gradients", f"of {min(count, asked.gradients):,} problems"),
@@ -143,7 +143,7 @@ def plan(asked: ProbeTask) -> list[tuple[str, object]]:
 
 
 def finish(
-    task: Task,
+    inputs: RunInputs,
     folder: Path,
     head: dict[str, Any],
     answered: Sequence[Answered],
@@ -152,11 +152,11 @@ def finish(
 ) -> dict[str, Any]:
     """Writes and prints the figures and the conclusion; returns what probe.json holds."""
 
-    config, algorithm = task.config, task.config.algorithm
+    config, algorithm = inputs.config, inputs.config.algorithm
     scale = objectives.resolve(algorithm).scale_rewards
     samples = len(answered[0].plain)
     setting = Setting(len(answered), samples, algorithm.num_drafts, algorithm.num_generations, scale)
-    figures = all_figures(task, answered, measured, scale)
+    figures = all_figures(inputs, answered, measured, scale)
     conclusion = conclude(figures, setting)
     compared = sum(bool(each.sketches) for each in measured)
     about = {**head, "data": config.data.train or "the built-in task", "gradients": compared}
@@ -169,12 +169,12 @@ def finish(
 
 
 def all_figures(
-    task: Task, answered: Sequence[Answered], measured: Sequence[Measured], scale: str
+    inputs: RunInputs, answered: Sequence[Answered], measured: Sequence[Measured], scale: str
 ) -> dict[str, Estimate]:
     """Returns every figure of a probe by name."""
-    config, algorithm = task.config, task.config.algorithm
+    config, algorithm = inputs.config, inputs.config.algorithm
     figures = estimates.estimate(answers.counts(answered, algorithm.num_drafts), scale)
-    sampled = task.total_steps * config.prompts_per_step * (algorithm.num_drafts + algorithm.num_generations)
+    sampled = inputs.total_steps * config.prompts_per_step * (algorithm.num_drafts + algorithm.num_generations)
     figures["successes"] = figures["p"].times(sampled)
     for name, values in answers.texts(answered, config.draft_limit).items():
         known = values[~np.isnan(values)]

@@ -51,8 +51,8 @@ from igrpo_jax.session import ending, overview, resuming
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 from igrpo_jax.session.run_context import enter_mesh
+from igrpo_jax.session.run_inputs import RunInputs, open_inputs, open_run_engine, origin
 from igrpo_jax.session.sft import refuse_sft
-from igrpo_jax.session.task import Task, open_run_engine, open_task, origin
 
 SEEN_WITHIN = 60.0  # s; NFS remembers for half of it that a folder did not exist
 
@@ -71,19 +71,19 @@ def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.
     refuse_sft(workdir)
     if config.checkpoint.export or config.checkpoint.push:
         hf_write.check_place(workdir / "export")
-    task = open_task(config, cluster.from_first(functools.partial(recorded_date, workdir)))
-    config = task.config
-    read = {"training problems": task.fingerprint, "evaluation problems": task.evaluation_plan.fingerprint}
-    enter_mesh(stack, config, task.mesh, read | {"weights of config.model.path": task.policy.fingerprint})
+    inputs = open_inputs(config, cluster.from_first(functools.partial(recorded_date, workdir)))
+    config = inputs.config
+    read = {"training problems": inputs.fingerprint, "evaluation problems": inputs.evaluation_plan.fingerprint}
+    enter_mesh(stack, config, inputs.mesh, read | {"weights of config.model.path": inputs.policy.fingerprint})
     with watchdog.phase("start"):
-        return _start(task, workdir, console, stack)
+        return _start(inputs, workdir, console, stack)
 
 
 @dataclass(frozen=True)
 class _Parts:
     """What the state that a run begins with is made of."""
 
-    task: Task
+    inputs: RunInputs
     workdir: Path
     learner: Learner
     console: Console
@@ -98,14 +98,15 @@ class _Beginning(NamedTuple):
     writer: Writer
 
 
-def _start(task: Task, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
+def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
     """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
-    config, policy, plan = task.config, task.policy, task.evaluation_plan
+    config, policy, plan = inputs.config, inputs.policy, inputs.evaluation_plan
     # Making these two checks slots, mesh, the objective's settings and LoRA's targets, before anything is written.
-    learner = Learner(config, policy.cfg, task.mesh, longest_prompt=task.longest_prompt, total_steps=task.total_steps)
+    sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": inputs.total_steps}
+    learner = Learner(config, policy.cfg, inputs.mesh, **sizes)
     memory = cluster.from_first(device_bytes)  # processes of a team need equally many pages
     memory = memory and memory - learner.resident_bytes
-    engine = open_run_engine(config, policy.cfg, task.mesh, policy.eos_ids, task.longest_prompt, plan, memory)
+    engine = open_run_engine(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
     resumes, still_ours = _claim(workdir, config, stack, console)
     if not resumes:
         ending.remove_finished(workdir)  # left by a run that this one replaces
@@ -116,28 +117,28 @@ def _start(task: Task, workdir: Path, console: Console, stack: contextlib.ExitSt
     with showing_waits(console.waiting):
         engine.fit_pages()
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
-    console.table(title, overview.before(config, task, engine, learner, workdir))
-    verifier = stack.enter_context(_verifier(config, workdir, task.total_steps, engine.team.count))
+    console.table(title, overview.before(config, inputs, engine, learner, workdir))
+    verifier = stack.enter_context(_verifier(config, workdir, inputs.total_steps, engine.team.count))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
-    if latest != task.total_steps:
-        first = _first_program_shapes(task, engine, latest)
+    if latest != inputs.total_steps:
+        first = _first_program_shapes(inputs, engine, latest)
         warms_up = latest is None and config.warm_start.steps > 0
         update = lambda: learner.programs.program_shapes
         tell = lambda: console.table("Memory", overview.memory(engine, learner))
         stack.enter_context(compiling(first, engine.program_shapes, update, console.phase, tell, warms_up))
     stack.enter_context(showing_waits(console.waiting))
-    parts = _Parts(task, workdir, learner, console)
+    parts = _Parts(inputs, workdir, learner, console)
     begun = _new_run(parts, stack) if latest is None else _resumed(parts, checkpointer, latest, stack)
     if resumes:
         cluster.from_first(functools.partial(_record_resume, workdir, config))
     run = Run(
         config=config,
         workdir=workdir,
-        task=task,
+        inputs=inputs,
         learner=learner,
-        rollout=Rollout(config, task.renderer, scheduler, verifier),
-        evaluator=Evaluator(config, plan, scheduler, task.renderer, verifier, console),
+        rollout=Rollout(config, inputs.renderer, scheduler, verifier),
+        evaluator=Evaluator(config, plan, scheduler, inputs.renderer, verifier, console),
         writer=begun.writer,
         checkpointer=checkpointer,
         console=console,
@@ -145,7 +146,7 @@ def _start(task: Task, workdir: Path, console: Console, stack: contextlib.ExitSt
         progress=begun.progress,
         check_lock=still_ours,
     )
-    console.start(task.total_steps, run.resumed_after, config.log.every, run.writer.history, run.progress.scores)
+    console.start(inputs.total_steps, run.resumed_after, config.log.every, run.writer.history, run.progress.scores)
     _evaluate_start(run, begun.state, is_new=latest is None)
     return run, begun.state
 
@@ -213,29 +214,29 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
 def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: contextlib.ExitStack) -> _Beginning:
     """Returns what the newest checkpoint holds, of the step `latest`; refuses one that the configuration does not
     fit."""
-    task, workdir, console = parts.task, parts.workdir, parts.console
+    inputs, workdir, console = parts.inputs, parts.workdir, parts.console
     with console.phase(f"restoring step {latest}"):
         step, state, meta = checkpointer.restore(parts.learner.programs.state)
-        _check_data(task, workdir, meta["data"])
-        resuming.check_not_past_end(task.config, task.total_steps, workdir, step)
+        _check_data(inputs, workdir, meta["data"])
+        resuming.check_not_past_end(inputs.config, inputs.total_steps, workdir, step)
     _set_fixed_weights(parts)  # which may refuse, so before anything is dropped
     progress = Progress.from_meta(meta, int(state.skipped))
     # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
-    writer = stack.enter_context(Writer(workdir, task.config, step, NULLABLE))
+    writer = stack.enter_context(Writer(workdir, inputs.config, step, NULLABLE))
     # An evaluation after the checkpoint was saved is only in the rows.
     progress.recall(cluster.from_first(lambda: writer.scores))
     resuming.tell_lost_rows(writer.rows, meta["metrics_rows"], step, console)
-    before = meta.get("total_steps", task.total_steps)
-    if told := resuming.new_schedule(task.config, before, task.total_steps, step):
+    before = meta.get("total_steps", inputs.total_steps)
+    if told := resuming.new_schedule(inputs.config, before, inputs.total_steps, step):
         console.message(told)
     return _Beginning(step, state, progress, writer)
 
 
-def _first_program_shapes(task: Task, engine: Engine, latest: int | None) -> ProgramShapes:
+def _first_program_shapes(inputs: RunInputs, engine: Engine, latest: int | None) -> ProgramShapes:
     """Returns the programs that the first dispatch needs after the step `latest`; `latest` is None for a new run."""
-    if latest is None and task.config.evaluation.every:
-        return engine.first_program_shapes(*task.evaluation_plan.first(task.config))
-    algorithm, prompts = task.config.algorithm, task.step_prompts((latest or 0) + 1)
+    if latest is None and inputs.config.evaluation.every:
+        return engine.first_program_shapes(*inputs.evaluation_plan.first(inputs.config))
+    algorithm, prompts = inputs.config.algorithm, inputs.step_prompts((latest or 0) + 1)
     drafts = algorithm.drafts_in((latest or 0) + 1)
     samples = drafts or algorithm.num_generations
     if drafts and algorithm.draft_early_stop:
@@ -249,11 +250,11 @@ def _record_resume(workdir: Path, config: Config) -> None:
     record_settings(workdir, config)
 
 
-def _check_data(task: Task, workdir: Path, fingerprint: str) -> None:
+def _check_data(inputs: RunInputs, workdir: Path, fingerprint: str) -> None:
     """Raises InputError if the training set is not the one that the run began with."""
-    if fingerprint == task.fingerprint:
+    if fingerprint == inputs.fingerprint:
         return
-    config = task.config
+    config = inputs.config
     date, day = config.data.template_date, ""
     if date:
         day = (
@@ -269,16 +270,16 @@ def _check_data(task: Task, workdir: Path, fingerprint: str) -> None:
 
 def _new_run(parts: _Parts, stack: contextlib.ExitStack) -> _Beginning:
     """Returns what a new run begins with, and gives the learner the weights that stay fixed."""
-    task, config = parts.task, parts.task.config
+    inputs, config = parts.inputs, parts.inputs.config
     writer = stack.enter_context(Writer(parts.workdir, config, nullable=NULLABLE))
-    weights.record_first(task.policy, parts.workdir)
+    weights.record_first(inputs.policy, parts.workdir)
     params, lora = None, config.model.lora.rank > 0
-    if not (lora and task.policy.path):  # LoRA on a real model reads it once, as the weights that stay fixed
-        params = weights.load(task.policy, task.mesh, config.seed, "float32", parts.console)
+    if not (lora and inputs.policy.path):  # LoRA on a real model reads it once, as the weights that stay fixed
+        params = weights.load(inputs.policy, inputs.mesh, config.seed, "float32", parts.console)
         if config.warm_start.steps:
-            params = _warm(task, params, writer, parts.console)
+            params = _warm(inputs, params, writer, parts.console)
     _set_fixed_weights(parts, params)
-    state = parts.learner.init(weights.adapters(config, task.policy, task.mesh) if lora else params)
+    state = parts.learner.init(weights.adapters(config, inputs.policy, inputs.mesh) if lora else params)
     return _Beginning(0, state, Progress(), writer)
 
 
@@ -288,20 +289,20 @@ def _set_fixed_weights(parts: _Parts, params: decoder.Params | None = None) -> N
     Args:
         params: the weights that a new run starts from; None to read them from the model's files or workdir/reference.
     """
-    task, config, learner = parts.task, parts.task.config, parts.learner
+    inputs, config, learner = parts.inputs, parts.inputs.config, parts.learner
     first = functools.partial(
-        weights.first, config, task.policy, parts.workdir, task.mesh, console=parts.console, params=params
+        weights.first, config, inputs.policy, parts.workdir, inputs.mesh, console=parts.console, params=params
     )
     lora = config.model.lora.rank > 0
     if lora:
         learner.set_frozen(first(config.model.dtype))
     if config.algorithm.beta > 0:
-        learner.set_reference(weights.adapters(config, task.policy, task.mesh) if lora else first("float32"))
+        learner.set_reference(weights.adapters(config, inputs.policy, inputs.mesh) if lora else first("float32"))
 
 
-def _warm(task: Task, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
+def _warm(inputs: RunInputs, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:
     """Returns `params` after the warm start on the built-in task."""
-    config = task.config
+    config = inputs.config
     problems, _ = TASKS[config.data.task].problems(config)
     with console.phase("warm start", config.warm_start.steps) as update:
 
@@ -310,8 +311,8 @@ def _warm(task: Task, params: decoder.Params, writer: Writer, console: Console) 
             if step % max(1, config.warm_start.steps // 20) == 0:
                 writer.write(0, {"warm_start/step": step, "warm_start/loss": loss})
 
-        encode = task.policy.encode_completion
-        return warm_start(config, task.policy.cfg, task.mesh, params, problems, task.renderer, encode, report)
+        encode = inputs.policy.encode_completion
+        return warm_start(config, inputs.policy.cfg, inputs.mesh, params, problems, inputs.renderer, encode, report)
 
 
 def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:

@@ -15,7 +15,7 @@ from igrpo_jax.outputs.checkpoint import best_of
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.session.progress import Progress
-from igrpo_jax.session.task import Task
+from igrpo_jax.session.run_inputs import RunInputs
 from igrpo_jax.storage.addresses import names
 
 SEEN_STEPS = 20  # last steps of a resumed run, whose mean padding predicts that of the next ones
@@ -24,9 +24,11 @@ SEEN_STEPS = 20  # last steps of a resumed run, whose mean padding predicts that
 _RECOMPUTED = {"none": "nothing", "logits": "logits", "dots": "all but matrix products", "full": "all"}
 
 
-def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir: Path) -> list[tuple[str, object]]:
+def before(
+    config: Config, inputs: RunInputs, engine: Engine, learner: Learner, workdir: Path
+) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before anything is compiled."""
-    cfg, mesh = task.policy.cfg, task.mesh
+    cfg, mesh = inputs.policy.cfg, inputs.mesh
     tokens = config.trained_completions * config.rollout.max_completion_length
     shapes = learner.packer.shapes
     sizes = ", ".join(f"{size:,}" for size in shapes.sizes)
@@ -35,7 +37,7 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
     return [
         (
             "model",
-            f"{task.policy.path or 'built-in'}, {cfg.num_params / 1e6:,.1f} M parameters, {config.model.dtype}",
+            f"{inputs.policy.path or 'built-in'}, {cfg.num_params / 1e6:,.1f} M parameters, {config.model.dtype}",
         ),
         ("mesh", f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"),
         ("sampling", sampling_layout(engine)),
@@ -43,11 +45,11 @@ def before(config: Config, task: Task, engine: Engine, learner: Learner, workdir
         ("attention", f"{cfg.attention} (training and prefill)"),
         *([("LoRA", f"rank {config.model.lora.rank}, {trained / 1e6:,.2f} M trained parameters")] * bool(frozen)),
         ("objective", f"{config.algorithm.loss_type}, beta {config.algorithm.beta:g}"),
-        ("training prompts", f"{len(task.prompts):,} ({task.skipped} longer than data.max_prompt_length skipped)"),
+        ("training prompts", f"{len(inputs.prompts):,} ({inputs.skipped} longer than data.max_prompt_length skipped)"),
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
-        *task.notes,
-        *(("evaluation", note) for note in _evaluation(config, task.evaluation_plan)),
-        ("steps", f"{task.total_steps:,} of {config.prompts_per_step} prompts"),
+        *inputs.notes,
+        *(("evaluation", note) for note in _evaluation(config, inputs.evaluation_plan)),
+        ("steps", f"{inputs.total_steps:,} of {config.prompts_per_step} prompts"),
         *_stages(config),
         ("trained tokens per step", f"at most {tokens:,}"),
         ("padding of the update", _padding(workdir)),

@@ -33,7 +33,7 @@ from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress, check_finite
 from igrpo_jax.session.run_context import preempted_after, saved_at
-from igrpo_jax.session.task import Task
+from igrpo_jax.session.run_inputs import RunInputs
 from igrpo_jax.storage.addresses import resolved
 from igrpo_jax.storage.reading import local
 from igrpo_jax.storage.writing import remove_tree
@@ -58,7 +58,7 @@ class Run:
 
     config: Config
     workdir: Path
-    task: Task
+    inputs: RunInputs
     learner: Learner
     rollout: Rollout
     evaluator: Evaluator
@@ -114,7 +114,7 @@ class Run:
     def evaluation_due(self, step: int) -> bool:
         """Returns whether `step` ends with an evaluation; the last step always does unless evaluations are off."""
         every = self.config.evaluation.every
-        return every > 0 and (step % every == 0 or step == self.task.total_steps)
+        return every > 0 and (step % every == 0 or step == self.inputs.total_steps)
 
     def evaluate(self, params: decoder.Params, step: int) -> None:
         """Evaluates the policy after `step`, and writes its scores under that step.
@@ -155,9 +155,9 @@ class Run:
             RunError: see `Checkpointer.save`.
         """
         self.check_lock()
-        meta = {"step": step, "total_steps": self.task.total_steps, "metrics_rows": self.writer.rows}
-        meta |= {"data": self.task.fingerprint} | self.progress.meta()
-        force = force or step in (0, self.task.total_steps)
+        meta = {"step": step, "total_steps": self.inputs.total_steps, "metrics_rows": self.writer.rows}
+        meta |= {"data": self.inputs.fingerprint} | self.progress.meta()
+        force = force or step in (0, self.inputs.total_steps)
         scores = self.progress.values(self.config.checkpoint.best_metric)
         self.checkpointer.save(step, state, meta, force=force, scores=scores, before=self.writer.sync)
 
@@ -183,7 +183,7 @@ class Run:
             yield
         except Preempted:
             self.save_and_wait(step, state)
-            raise preempted_after(step, self.task.total_steps, self.workdir) from None
+            raise preempted_after(step, self.inputs.total_steps, self.workdir) from None
         except VerifierError as error:  # all processes have it
             self.save_and_wait(step, state)
             raise VerifierError(f"{error}; {saved_at(step, self.workdir)}") from error
@@ -213,7 +213,7 @@ class Run:
         if self.config.checkpoint.export or self.config.checkpoint.push:
             self._export(state)
         self.writer.sync()
-        total, best_metric = self.task.total_steps, self.config.checkpoint.best_metric
+        total, best_metric = self.inputs.total_steps, self.config.checkpoint.best_metric
         ending.write_finished(self.workdir, self.config, total, self.writer.rows, self.progress)
         self.console.table("Done", overview.after(self.workdir, self.progress, best_metric, self.resumed_after, total))
 
@@ -227,14 +227,14 @@ class Run:
             moment.delete()
         params = decoder.cast(self.learner.rollout_params(state.params), self.config.model.dtype)  # as it samples
         dtype = export_dtype(params)
-        size = hf_write.model_bytes(self.task.policy.cfg, dtype)
+        size = hf_write.model_bytes(self.inputs.policy.cfg, dtype)
         with self.console.phase("exporting", size >> 20, unit="MiB") as update:
-            compared = self.task.policy.save(out, params, lambda done: update(done >> 20), dtype)
+            compared = self.inputs.policy.save(out, params, lambda done: update(done >> 20), dtype)
         self.console.message(f"the export is {dtype}; read back, {compared}")
         if self.config.checkpoint.push:
             repository = hub.Repository(self.config.checkpoint.push, hub.SETTING)
             copy = local(f"--workdir {self.workdir}", out)
-            total = self.task.total_steps
+            total = self.inputs.total_steps
             push = functools.partial(hub.upload, repository, copy, self.config, self.workdir, total, out)
             with self.console.phase("writing to the hub"):
                 pushed = cluster.from_first(push)

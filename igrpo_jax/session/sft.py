@@ -47,13 +47,13 @@ from igrpo_jax.records import Prompt
 from igrpo_jax.session import resuming
 from igrpo_jax.session.progress import Progress, check_finite
 from igrpo_jax.session.run_context import enter_mesh, preempted_after, run_context
-from igrpo_jax.session.task import check_prompts_per_step, origin
+from igrpo_jax.session.run_inputs import check_prompts_per_step, origin
 from igrpo_jax.storage.addresses import names
 from igrpo_jax.storage.reading import read_bytes
 
 
 @dataclass(frozen=True)
-class SftTask:
+class SftInputs:
     """What is read and checked before anything is written."""
 
     config: Config
@@ -96,13 +96,13 @@ def train_sft(config: Config, workdir: str | Path) -> None:
         Preempted: SIGTERM arrived, and what can be resumed is saved.
     """
     with run_context(config, workdir) as (path, console, stack):
-        task = open_sft(config, cluster.from_first(functools.partial(recorded_date, path)))
-        read = {"examples": task.fingerprint, "weights of config.model.path": task.policy.fingerprint}
-        enter_mesh(stack, task.config, task.mesh, read)
-        _run(task, path, console, stack)
+        inputs = open_sft(config, cluster.from_first(functools.partial(recorded_date, path)))
+        read = {"examples": inputs.fingerprint, "weights of config.model.path": inputs.policy.fingerprint}
+        enter_mesh(stack, inputs.config, inputs.mesh, read)
+        _run(inputs, path, console, stack)
 
 
-def open_sft(config: Config, recorded_date: str | None = None) -> SftTask:
+def open_sft(config: Config, recorded_date: str | None = None) -> SftInputs:
     """Reads model files (not weights) and solutions, and checks that they fit together.
 
     Raises:
@@ -146,20 +146,20 @@ def open_sft(config: Config, recorded_date: str | None = None) -> SftTask:
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
     steps = config.steps or max(1, int(config.epochs * len(examples) / config.prompts_per_step))
-    return SftTask(config, policy, renderer, mesh, examples, notes, longest_prompt, steps)
+    return SftInputs(config, policy, renderer, mesh, examples, notes, longest_prompt, steps)
 
 
-def _run(task: SftTask, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
+def _run(inputs: SftInputs, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
     """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
-    config, total = task.config, task.total_steps
+    config, total = inputs.config, inputs.total_steps
     made_for = supervised.learner_config(config)
-    learner = Learner(made_for, task.policy.cfg, task.mesh, longest_prompt=task.longest_prompt, total_steps=total)
+    learner = Learner(made_for, inputs.policy.cfg, inputs.mesh, longest_prompt=inputs.longest_prompt, total_steps=total)
     cluster.from_first(functools.partial(_check, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
-    claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, task)))
+    claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, inputs)))
     if notice := claim.notice(workdir):
         console.message(notice)
-    console.table("SFT run", _overview(task, workdir))
+    console.table("SFT run", _overview(inputs, workdir))
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
     latest = cluster.from_first(lambda: store.latest_step() if claim.resumes else None)
@@ -168,9 +168,9 @@ def _run(task: SftTask, workdir: Path, console: Console, stack: contextlib.ExitS
         console.message(ended)
         return
     if latest is None:
-        weights.record_first(task.policy, workdir)
+        weights.record_first(inputs.policy, workdir)
     if config.model.lora.rank:  # other weights are refused before any row is dropped
-        fixed = functools.partial(weights.first, config, task.policy, workdir, task.mesh, console=console)
+        fixed = functools.partial(weights.first, config, inputs.policy, workdir, inputs.mesh, console=console)
         learner.set_frozen(fixed(config.model.dtype))
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
@@ -181,7 +181,7 @@ def _run(task: SftTask, workdir: Path, console: Console, stack: contextlib.ExitS
         writer = stack.enter_context(Writer(workdir, config, resumed_after))
         progress = Progress.from_meta(meta, int(state.skipped))
     else:
-        resumed_after, state, progress = 0, _first_state(task, learner, console), Progress()
+        resumed_after, state, progress = 0, _first_state(inputs, learner, console), Progress()
         writer = stack.enter_context(Writer(workdir, config))
     if claim.resumes:
         cluster.from_first(functools.partial(record_settings, workdir, config))
@@ -190,7 +190,7 @@ def _run(task: SftTask, workdir: Path, console: Console, stack: contextlib.ExitS
         for step in range(resumed_after + 1, total + 1):
             if cluster.any_of(preemption.noted()):
                 raise Preempted
-            state = _step(task, learner, state, step, progress, writer, console)
+            state = _step(inputs, learner, state, step, progress, writer, console)
             done = step
             still_ours()
             store.save(step, state, meta_of(step), force=step == total, before=writer.sync)
@@ -206,7 +206,7 @@ def _run(task: SftTask, workdir: Path, console: Console, stack: contextlib.ExitS
 
 
 def _step(
-    task: SftTask,
+    inputs: SftInputs,
     learner: Learner,
     state: TrainState,
     step: int,
@@ -220,9 +220,9 @@ def _step(
         RunError: config.learner.max_nonfinite_steps steps in a row changed nothing, because loss or gradient was not
             finite.
     """
-    config, began = task.config, time.perf_counter()
-    indices = order.step_indices(step - 1, config.prompts_per_step, len(task.examples), config.seed)
-    made = supervised.groups(config, [task.examples[i] for i in indices], task.renderer, step)
+    config, began = inputs.config, time.perf_counter()
+    indices = order.step_indices(step - 1, config.prompts_per_step, len(inputs.examples), config.seed)
+    made = supervised.groups(config, [inputs.examples[i] for i in indices], inputs.renderer, step)
     advantages = [np.ones(1, np.float32)] * len(made)
     with watchdog.phase("update", f"step {step}"), watchdog.phase("dispatch"):
         state, learned = learner.update(state, made, advantages, step)
@@ -231,9 +231,9 @@ def _step(
     writer.write(step, row)
     skipped, most = round(row["nonfinite_steps"]), config.learner.max_nonfinite_steps
     check_finite(step, skipped, made, advantages, progress, most, writer, console)
-    if step % config.log.every == 0 or step == task.total_steps:
+    if step % config.log.every == 0 or step == inputs.total_steps:
         console.message(
-            f"step {step}/{task.total_steps}  loss {row['sft/loss']:.4f}  gradient {row['grad_norm']:.3f}  "
+            f"step {step}/{inputs.total_steps}  loss {row['sft/loss']:.4f}  gradient {row['grad_norm']:.3f}  "
             f"with a draft {row['sft/draft_frac']:.2f}  {row['perf/step_time']:.1f} s"
         )
     return state
@@ -248,41 +248,41 @@ def _check(workdir: Path, config: Config) -> None:
     check_workdir(workdir, config)
 
 
-def _claim(workdir: Path, task: SftTask) -> Claim:
+def _claim(workdir: Path, inputs: SftInputs) -> Claim:
     """Claims `workdir` for SFT on these examples.
 
     Raises:
         InputError: it holds another run, a run of reinforcement learning, or one of SFT on other examples.
     """
-    _check(workdir, task.config)  # again, inside the lock: another process may have begun a run since
+    _check(workdir, inputs.config)  # again, inside the lock: another process may have begun a run since
     kind, present = workdir / SFT, names(workdir)
-    claim = prepare_workdir(workdir, task.config)
-    if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != task.fingerprint:
+    claim = prepare_workdir(workdir, inputs.config)
+    if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != inputs.fingerprint:
         raise InputError(
-            f"config.data.train = {task.config.data.train!r}: its examples differ from those that the run in "
-            f"{workdir} began with; restore {origin(task.config)} and the tokenizer, or give another --workdir"
+            f"config.data.train = {inputs.config.data.train!r}: its examples differ from those that the run in "
+            f"{workdir} began with; restore {origin(inputs.config)} and the tokenizer, or give another --workdir"
         )
-    write_atomically(kind, json.dumps({"examples": task.fingerprint}) + "\n")
+    write_atomically(kind, json.dumps({"examples": inputs.fingerprint}) + "\n")
     return claim
 
 
-def _first_state(task: SftTask, learner: Learner, console: Console) -> TrainState:
+def _first_state(inputs: SftInputs, learner: Learner, console: Console) -> TrainState:
     """Returns the state before the first step."""
-    config = task.config
+    config = inputs.config
     if config.model.lora.rank:
-        return learner.init(weights.adapters(config, task.policy, task.mesh))
-    return learner.init(weights.load(task.policy, task.mesh, config.seed, "float32", console))
+        return learner.init(weights.adapters(config, inputs.policy, inputs.mesh))
+    return learner.init(weights.load(inputs.policy, inputs.mesh, config.seed, "float32", console))
 
 
-def _overview(task: SftTask, workdir: Path) -> list[tuple[str, object]]:
+def _overview(inputs: SftInputs, workdir: Path) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first step."""
-    config, lora = task.config, task.config.model.lora
+    config, lora = inputs.config, inputs.config.model.lora
     drafts = f"{config.sft.draft_fraction:.0%} of the examples of problems that have one"
     return [
-        ("model", f"{config.model.path}, {task.policy.cfg.num_params / 1e6:,.1f} M parameters"),
+        ("model", f"{config.model.path}, {inputs.policy.cfg.num_params / 1e6:,.1f} M parameters"),
         ("trained", f"LoRA of rank {lora.rank}" if lora.rank else "all weights"),
-        ("examples", f"{len(task.examples):,}, {config.prompts_per_step} a step, {task.total_steps:,} steps"),
-        *task.notes,
+        ("examples", f"{len(inputs.examples):,}, {config.prompts_per_step} a step, {inputs.total_steps:,} steps"),
+        *inputs.notes,
         ("shown with a draft", drafts if config.sft.draft_fraction else "none"),
         ("optimizer", f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"),
         ("workdir", workdir),

@@ -153,8 +153,8 @@ def test_a_k_above_the_samples_is_named_where_the_user_asks_for_it(policy):
         assert planning.left_out(quiet, plan) == []
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     said = "no pass@7, pass@9 of small, which has 5 samples per problem; evaluation.samples = 9 gives all"
-    task = inference.EvaluationTask(c, policy, renderer, plan, mesh, None, None, "m", "")
-    assert ("note", said) in evaluate.overview(task)
+    inputs = inference.EvaluationInputs(c, policy, renderer, plan, mesh, None, None, "m", "")
+    assert ("note", said) in evaluate.overview(inputs)
 
 
 @pytest.mark.slow

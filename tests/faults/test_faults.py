@@ -96,7 +96,7 @@ def test_sigterm_while_data_is_read_is_a_notice_too(monkeypatch, tmp_path):
     def nobody(*_):
         raise AssertionError("SIGTERM ends the process")
 
-    monkeypatch.setattr(opening, "open_task", reads)
+    monkeypatch.setattr(opening, "open_inputs", reads)
     before = signal.signal(signal.SIGTERM, nobody)
     try:
         with pytest.raises(preemption.Preempted):

@@ -24,7 +24,7 @@ from igrpo_jax.rewards import judge_messages, verdicts
 from igrpo_jax.rewards.judge import Judge, Judgement, statistics
 from igrpo_jax.rewards.judge_messages import parse_score, render
 from igrpo_jax.rewards.verifier import Verifier, check
-from igrpo_jax.session import task
+from igrpo_jax.session import run_inputs
 
 KEY = "sk-a-secret-0123456789"
 
@@ -655,13 +655,15 @@ def test_a_rehearsal_asks_once_and_names_the_judge_that_gives_no_verdict(endpoin
 def test_a_judge_is_tried_before_a_run_unless_there_are_verdicts(endpoint, tmp_path):
     cache = tmp_path / "verdicts.sqlite"
     c = judged(endpoint, cache)
-    assert ("reward judge", "0.5 for a right answer") in task.open_task(c).notes
+    assert ("reward judge", "0.5 for a right answer") in run_inputs.open_inputs(c).notes
     assert len(endpoint.requests) == 1 and not cache.exists()
     endpoint.script = [status(401)]
     with pytest.raises(RunError, match="gives no verdict on a training problem: HTTP 401"):
-        task.open_task(c)
+        run_inputs.open_inputs(c)
     cache.touch()
-    assert not any(name == "reward judge" for name, _ in task.open_task(c).notes) and len(endpoint.requests) == 2
+    assert (
+        not any(name == "reward judge" for name, _ in run_inputs.open_inputs(c).notes) and len(endpoint.requests) == 2
+    )
 
 
 def judged(endpoint, cache="", budget=0, **rewards):
@@ -679,18 +681,18 @@ def test_a_budget_that_would_stop_the_run_is_refused(endpoint):
         "config.rewards.max_error_fraction = 0.5 of them are missing; set it to 0 for no limit, to at least 8 "
     )
     with pytest.raises(InputError, match=re.escape(refusal)):
-        task.open_task(judged(endpoint, budget=7))
+        run_inputs.open_inputs(judged(endpoint, budget=7))
     assert not endpoint.requests
     fewer = ("judge", "{} requests per step for up to 16 completions; the rest get no verdict")
     for budget, fraction in ((8, 0.5), (15, 0.5), (1, 1.0)):
-        notes = task.open_task(judged(endpoint, budget=budget, max_error_fraction=fraction)).notes
+        notes = run_inputs.open_inputs(judged(endpoint, budget=budget, max_error_fraction=fraction)).notes
         assert notes[-1] == (fewer[0], fewer[1].format(budget))
     for budget in (0, 16, 99):
-        assert not any(name == "judge" for name, _ in task.open_task(judged(endpoint, budget=budget)).notes)
+        assert not any(name == "judge" for name, _ in run_inputs.open_inputs(judged(endpoint, budget=budget)).notes)
     every = judged(endpoint, budget=7)
     every = dataclasses.replace(every, algorithm=dataclasses.replace(every.algorithm, draft_selection="refined"))
     with pytest.raises(InputError, match="up to 24 verdicts"):  # two drafts, and two refinements of each
-        task.open_task(every)
+        run_inputs.open_inputs(every)
 
 
 def test_the_budget_may_change_on_a_resume():
@@ -705,10 +707,10 @@ def test_a_cache_is_tried_with_the_other_checks(endpoint, tmp_path, kind):
     cache = {"garbage": "file", "below a file": "file/verdicts", "below a new folder": "new/verdicts"}[kind]
     c = judged(endpoint, tmp_path / cache)
     if kind == "below a new folder":
-        task.open_task(c)
+        run_inputs.open_inputs(c)
     else:
         with pytest.raises(InputError, match=rf"config.rewards.judge.cache = '.*{cache}': cannot be used"):
-            task.open_task(c)
+            run_inputs.open_inputs(c)
     assert len(endpoint.requests) == (kind == "below a new folder")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing is made before the run begins
 

@@ -8,7 +8,7 @@ from whole_runs import settings
 from igrpo_jax import train
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.session import task
+from igrpo_jax.session import run_inputs
 
 REWARD = """
 def brevity(prompts, completions, **columns):
@@ -24,8 +24,8 @@ def test_the_table_comes_after_the_users_reward_and_before_anything_is_compiled(
     (tmp_path / "my_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path))
     events = []
-    rehearse = task.rehearsed_rewards
-    monkeypatch.setattr(task, "rehearsed_rewards", lambda *args: events.append("reward") or rehearse(*args))
+    rehearse = run_inputs.rehearsed_rewards
+    monkeypatch.setattr(run_inputs, "rehearsed_rewards", lambda *args: events.append("reward") or rehearse(*args))
 
     def table(self, title, rows):
         events.append((title, dict(rows)))

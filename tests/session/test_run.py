@@ -12,7 +12,7 @@ def test_rows_wait_for_the_checkpoint_that_counts_on_them():
     synced, asked = [], []
     run = SimpleNamespace(
         config=Config(),
-        task=SimpleNamespace(total_steps=9, fingerprint=""),
+        inputs=SimpleNamespace(total_steps=9, fingerprint=""),
         progress=Progress(),
         check_lock=lambda: None,
         writer=SimpleNamespace(sync=lambda: synced.append("rows"), rows=3),

@@ -6,7 +6,7 @@ from model_files import error_of
 from whole_runs import settings
 
 from igrpo_jax import config
-from igrpo_jax.session.task import Task, check_profiled, check_prompts_per_step, open_task
+from igrpo_jax.session.run_inputs import RunInputs, check_profiled, check_prompts_per_step, open_inputs
 
 
 def test_alternating_steps_share_their_prompts():
@@ -14,7 +14,7 @@ def test_alternating_steps_share_their_prompts():
 
     def step_prompts(step, redraw=0, **algorithm):
         settings = config.Config(prompts_per_step=4, algorithm=config.AlgorithmConfig(**algorithm))
-        return Task.step_prompts(SimpleNamespace(config=settings, prompts=list(range(24))), step, redraw)
+        return RunInputs.step_prompts(SimpleNamespace(config=settings, prompts=list(range(24))), step, redraw)
 
     for redraw in (0, 1):
         shared = [step_prompts(step, redraw, alternate=True) for step in (1, 2, 3, 4)]
@@ -34,5 +34,5 @@ def test_problems_that_are_too_long_for_a_step_of_all_are_counted():
 def test_a_profile_of_a_step_that_never_comes_is_refused():
     check_profiled(config.LogConfig(profile_steps=(1, 5)), 5)
     check_profiled(config.LogConfig(), 5)
-    message = error_of(open_task, settings(**{"log.profile_steps": (2, 6)}))
+    message = error_of(open_inputs, settings(**{"log.profile_steps": (2, 6)}))
     assert message == "config.log.profile_steps = (2, 6): the run ends after step 5; name steps from 1 to 5"

@@ -33,7 +33,7 @@ WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer before 
 
 
 @dataclass(frozen=True)
-class Task:
+class RunInputs:
     """What is read and checked before anything is written: model, problems, prompts, mesh."""
 
     config: Config
@@ -74,7 +74,7 @@ def origin(config: Config) -> str:
     )
 
 
-def open_task(config: Config, recorded_date: str | None = None) -> Task:
+def open_inputs(config: Config, recorded_date: str | None = None) -> RunInputs:
     """Reads model files (not weights) and problems, and checks that they fit together.
 
     Args:
@@ -116,7 +116,7 @@ def open_task(config: Config, recorded_date: str | None = None) -> Task:
     batches = max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
     steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
     check_profiled(config.log, steps)
-    return Task(config, policy, renderer, mesh, prompts, skipped, notes, evaluation_plan, longest_prompt, steps)
+    return RunInputs(config, policy, renderer, mesh, prompts, skipped, notes, evaluation_plan, longest_prompt, steps)
 
 
 def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str) -> list[tuple[str, str]]:
