@@ -61,7 +61,7 @@ def open_evaluation(
         recorded_date: the day that a resumed evaluation has recorded for its chat template; None = a new evaluation.
 
     Raises:
-        InputError: no such model or checkpoint; problems that don't fit its context; a mesh that doesn't divide it.
+        InputError: no such model or checkpoint; problems longer than its positions; a mesh that does not divide it.
     """
     run, step = checkpoint_of(model, step)
     config, policy, renderer = open_model(config, recorded_date)

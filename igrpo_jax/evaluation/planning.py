@@ -27,7 +27,7 @@ class Plan:
     max_positions: int  # tokens of the longest sequence that the model takes
     longest_prompt: int  # tokens of the longest prompt, with a draft in it where there are rounds
     max_completion: int  # tokens of the longest completion that any prompt leaves space for
-    max_new_tokens: int  # tokens that a completion may have where the model's context allows it
+    max_new_tokens: int  # tokens that a completion may have where the model has positions for them
 
     @property
     def length(self) -> int:
@@ -35,7 +35,7 @@ class Plan:
         return min(self.longest_prompt + self.max_completion, self.max_positions)
 
     def limit(self, tokens: np.ndarray) -> int:
-        """Returns the most tokens of a completion of this prompt [L]: up to the model's context.
+        """Returns the most tokens of a completion of this prompt [L]: up to the model's last position.
 
         It does not depend on the other prompts, so that a sample depends only on its own prompt.
         """
@@ -77,7 +77,7 @@ def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, ma
         max_positions: tokens of the longest sequence that the model takes.
 
     Raises:
-        InputError: a prompt leaves no space for an answer in the model's context.
+        InputError: a prompt leaves no position of the model for an answer.
     """
     prompts = {
         name: [

@@ -10,7 +10,7 @@ from igrpo_jax.errors import InputError
 class RopeScaling:
     """The rope scaling of Llama 3.
 
-    The number of turns that a frequency makes over the original context decides whether it is kept, divided by
+    The number of turns that a frequency makes over the original positions decides whether it is kept, divided by
     `factor`, or interpolated between the two.
     """
 
