@@ -71,6 +71,7 @@ class Bench:
         import numpy as np
 
         from igrpo_jax.models.config import from_hf
+        from igrpo_jax.sampling.configured import make_programs
         from igrpo_jax.sampling.engine import Engine
         from igrpo_jax.sampling.scheduler import Scheduler
 
@@ -78,7 +79,7 @@ class Bench:
         self.cfg = from_hf(models.raw_config(args), args.model or args.shape)
         self.mesh = models.make_mesh()
         self.cfg = models.with_attention(self.cfg, args, self.mesh)
-        self.engine = Engine(
+        programs = make_programs(
             self.cfg,
             self.mesh,
             (self.cfg.vocab_size,),  # is never drawn
@@ -90,6 +91,7 @@ class Bench:
             pages=args.pages,
             page_size=args.page_size,
         )
+        self.engine = Engine(self.cfg, self.mesh, programs)
         with jax.set_mesh(self.mesh):
             # As a run whose master weights are elsewhere: only the rollout copy is held here.
             self.params = self.engine.weights(self._load())

@@ -27,12 +27,13 @@ class Step:
         import jax
 
         from igrpo_jax.learning.learner import Learner
+        from igrpo_jax.learning.programs import LearnerPrograms
 
         self._stages = stages
+        sizes = {"longest_prompt": stages.longest_prompt, "total_steps": 1000}
         with jax.set_mesh(stages.mesh):
-            self._learner = Learner(
-                stages.config, stages.cfg, stages.mesh, longest_prompt=stages.longest_prompt, total_steps=1000
-            )
+            programs = LearnerPrograms(stages.config, stages.cfg, stages.mesh, **sizes)
+            self._learner = Learner(programs, frozen={}, reference=None)
         self.reset()
 
     def reset(self) -> None:

@@ -81,9 +81,10 @@ def settings(args: argparse.Namespace, drafts: int, generations: int, slots: int
 
 def make_engine(args: argparse.Namespace, cfg, mesh, slots: int, longest_prompt: int, steps_per_dispatch: int):
     """Returns an engine that never ends a completion early."""
+    from igrpo_jax.sampling.configured import make_programs
     from igrpo_jax.sampling.engine import Engine
 
-    return Engine(
+    programs = make_programs(
         cfg,
         mesh,
         (cfg.vocab_size,),  # an EOS that is never drawn
@@ -93,6 +94,7 @@ def make_engine(args: argparse.Namespace, cfg, mesh, slots: int, longest_prompt:
         dtype=args.dtype,
         steps_per_dispatch=steps_per_dispatch,
     )
+    return Engine(cfg, mesh, programs)
 
 
 def make_stages(

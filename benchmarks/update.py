@@ -91,6 +91,7 @@ class Bench:
         import jax
 
         from igrpo_jax.learning.learner import Learner
+        from igrpo_jax.learning.programs import LearnerPrograms
         from igrpo_jax.models.config import from_hf
 
         cfg = from_hf(models.raw_config(args), args.model or args.shape)
@@ -99,7 +100,9 @@ class Bench:
         self.rows = update_rows.make_rows(args, cfg.vocab_size)
         self.groups = self.rows.groups()
         with jax.set_mesh(self.mesh):
-            self.learner = Learner(settings(args), self.cfg, self.mesh, longest_prompt=args.prefix, total_steps=100)
+            sizes = {"longest_prompt": args.prefix, "total_steps": 100}
+            programs = LearnerPrograms(settings(args), self.cfg, self.mesh, **sizes)
+            self.learner = Learner(programs, frozen={}, reference=None)
             self.state = self.learner.init(self._load(args))
 
     def _load(self, args: argparse.Namespace):

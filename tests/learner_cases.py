@@ -15,6 +15,7 @@ from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import credit
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.packing import MicroBatch, Piece
+from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.records import Completion, Group, Prompt, Score
 
 TEMPERATURE, LONGEST_PROMPT, MAX_COMPLETION = 0.9, 20, 18
@@ -58,12 +59,13 @@ def make_groups(seed=0, longest=MAX_COMPLETION):
     return groups
 
 
-def make_learner(cfg, mesh=None, **changes):
-    """With its mesh: one device where none is given."""
+def make_learner(cfg, mesh=None, frozen=None, reference=None, **changes):
+    """With its mesh: one device where none is given. What LoRA adapts and the reference are weights of the host."""
     tree = config.default()
     tree.update_from_flattened_dict(DEFAULTS | {name.replace("__", "."): x for name, x in changes.items()})
     mesh = sharding.make_mesh(mesh or config.MeshConfig(), None if mesh else jax.devices()[:1])
-    return Learner(config.freeze(tree), cfg, mesh, longest_prompt=LONGEST_PROMPT, total_steps=10), mesh
+    programs = LearnerPrograms(config.freeze(tree), cfg, mesh, longest_prompt=LONGEST_PROMPT, total_steps=10)
+    return Learner(programs, frozen=put(frozen or {}, mesh), reference=reference and put(reference, mesh)), mesh
 
 
 def one_batch(packer, units, size=WHOLE):
@@ -88,7 +90,7 @@ def draft_advantages(learner, groups):
     if "draft" not in learner.programs.stages:
         return ()
     unshown = [dataclasses.replace(group, kept=None) for group in groups]  # some are made with a draft that is none
-    return credit.advantages(unshown, learner._config).drafts
+    return credit.advantages(unshown, learner.programs.config).drafts
 
 
 def gradient_of(state):

@@ -15,12 +15,12 @@ from dataclasses import replace
 import jax
 import numpy as np
 import tiny_models
+from engines import make_engine
 
 from igrpo_jax import config
 from igrpo_jax.distributed import cluster, preemption, sharding
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.records import Prompt, Score
-from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import sample_and_score, stage_key
@@ -40,7 +40,7 @@ class Sampler:
     def __init__(self, tensor, cfg, devices=None):
         mesh = sharding.make_mesh(config.MeshConfig(), devices)
         sizes = {"slots": 8, "longest_prompt": 24, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 2}
-        self.engine = Engine(cfg, mesh, (0, 17), tensor=tensor, pages=6, page_size=8, **sizes)
+        self.engine = make_engine(cfg, mesh, (0, 17), tensor=tensor, pages=6, page_size=8, **sizes)
         self.scheduler = Scheduler(self.engine, ahead=1)
         host = tiny_models.random_params(cfg)
         self.params = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in host.items()}

@@ -264,8 +264,9 @@ def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
     seen = []
     monkeypatch.setattr(inference, "device_bytes", lambda: 1 << 30)
     monkeypatch.setattr(layout, "uses_output_major", lambda mesh: output_major)
-    monkeypatch.setattr(inference, "open_engine", lambda c, model, mesh, eos_ids, memory, **sizes: seen.append(memory))
-    inference._engine(inputs.config, inputs.policy, inputs.mesh, inputs.plan)
+    programs = lambda c, model, mesh, eos_ids, memory, **sizes: seen.append(memory)
+    monkeypatch.setattr(inference, "open_programs", programs)
+    inference._programs(inputs.config, inputs.policy, inputs.mesh, inputs.plan)
     read = 4 * inputs.policy.cfg.num_params / inputs.mesh.shape["fsdp"]
     held = 0 if is_kept and tensor == 1 and not output_major else read
     assert (1 << 30) - seen[0] == pytest.approx(held, rel=0.1)

@@ -729,10 +729,10 @@ def test_what_does_not_fit_is_said(monkeypatch):
     """By the phase that needs more than a device has, with what to lower."""
     needs = {"update": 3 << 30, "rollout": 1 << 30}
     monkeypatch.setattr(overview, "predicted_bytes", lambda *_: needs)
-    learner = SimpleNamespace(programs=SimpleNamespace(remat="dots"))
+    training = SimpleNamespace(remat="dots")
     for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
         monkeypatch.setattr(overview, "device_bytes", lambda there=there: there)
-        recomputed, *lines = overview.memory(None, learner)
+        recomputed, *lines = overview.memory(None, training)
         assert recomputed == ("recomputed in the backward pass", "all but matrix products")
         assert [str(value) for _, value in lines] == (
             expected

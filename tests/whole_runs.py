@@ -12,7 +12,7 @@ import processes
 import pytest
 
 from igrpo_jax import config
-from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.session import ending
 from igrpo_jax.session.run_inputs import open_inputs
@@ -75,14 +75,9 @@ def samples(workdir: Path) -> dict[str, str]:
 def final_state(workdir: Path, run_config: config.Config) -> dict[str, np.ndarray]:
     inputs = open_inputs(run_config)
     with jax.set_mesh(inputs.mesh), Checkpointer(workdir, run_config.checkpoint) as store:
-        learner = Learner(
-            run_config,
-            inputs.policy.cfg,
-            inputs.mesh,
-            longest_prompt=inputs.longest_prompt,
-            total_steps=inputs.total_steps,
-        )
-        step, state, meta = store.restore(learner.programs.state)
+        sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": inputs.total_steps}
+        programs = LearnerPrograms(run_config, inputs.policy.cfg, inputs.mesh, **sizes)
+        step, state, meta = store.restore(programs.state)
     assert meta["step"] == step == run_config.steps
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 

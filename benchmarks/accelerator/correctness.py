@@ -125,6 +125,7 @@ class Checked:
     def _sampled(self, dtype: str) -> list:
         """Returns one greedy Sample of each context, in their order, by the attention that a run has here."""
         from igrpo_jax.models import attention
+        from igrpo_jax.sampling.configured import make_programs
         from igrpo_jax.sampling.engine import Engine
         from igrpo_jax.sampling.requests import Request
         from igrpo_jax.sampling.scheduler import Scheduler
@@ -134,8 +135,9 @@ class Checked:
         never = (self.cfg.vocab_size,)  # an EOS that is not drawn
         own = attention.choose("auto", self.mesh, dtype, self.cfg.head_dim)
         cfg = dataclasses.replace(self.cfg, attention=own)
-        engine = Engine(cfg, self.mesh, never, slots=reference.CONTEXTS, **lengths, dtype=dtype, steps_per_dispatch=8)
-        scheduler = Scheduler(engine)
+        sizes = {"slots": reference.CONTEXTS, "steps_per_dispatch": 8, **lengths}
+        programs = make_programs(cfg, self.mesh, never, **sizes, dtype=dtype)
+        scheduler = Scheduler(Engine(cfg, self.mesh, programs))
         scheduler.start(self.weights, Sampling(0.0))
         key = np.zeros(2, np.uint32)
         for number, (row, length) in enumerate(zip(self.data.prefix, self.data.length, strict=True)):

@@ -72,7 +72,7 @@ def compiled(config: Config, slice_name: str | None, slices: int, progress: Prog
     with progress.doing("dividing the model among the devices"):
         run = footprint.prepare(config, devices)
     with progress.doing("counting how many pages fit"):
-        run.fit_pages()
+        run = footprint.fitted(run)
     progress.message("\n".join(head(run)))
     building.build(run, progress)
     return run
@@ -160,7 +160,7 @@ def conclusion(footprint: "Footprint") -> list[str]:
 def advice(footprint: "Footprint") -> list[str]:
     """Returns settings that lower what the fullest program needs, with their present values."""
     config, fullest, sizes = footprint.config, footprint.fullest.program, footprint.mesh.shape
-    training = footprint.learner.programs
+    training = footprint.learner
     lines = []
     if fullest in (training.accumulate, training.rescore):
         lines = _advise_update(config)

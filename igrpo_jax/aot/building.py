@@ -42,9 +42,9 @@ def build(footprint: Footprint, progress: Progress) -> None:
 
 def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
     """Returns, for each program of a run, the bytes that lie on each device besides its arguments while it runs."""
-    learner, sampler = footprint.learner.programs, footprint.sampler
+    learner, sampler = footprint.learner, footprint.sampler
     training = learner.waiting_bytes
-    resident, weights = footprint.learner.resident_bytes, footprint.engine.programs.weight_bytes
+    resident, weights = learner.resident_bytes, footprint.engine.programs.weight_bytes
     return {
         learner.accumulate: training.accumulate,
         learner.rescore: training.rescore,

@@ -27,16 +27,17 @@ from igrpo_jax.distributed.chips import Chip
 from igrpo_jax.distributed.programs import Cost, Program, is_refused
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import planning
-from igrpo_jax.learning.learner import Learner
-from igrpo_jax.models import heads, hf_files
+from igrpo_jax.learning.programs import LearnerPrograms
+from igrpo_jax.models import hf_files
 from igrpo_jax.models.config import DecoderConfig, from_hf
 from igrpo_jax.models.policy import fit_to_mesh, open_policy
 from igrpo_jax.models.shapes import SHAPES
+from igrpo_jax.sampling import page_count
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.row_sync import SyncProgram
-from igrpo_jax.session.run_inputs import check_positions, open_run_engine
+from igrpo_jax.session.run_inputs import check_positions, open_run_programs
 from igrpo_jax.storage import addresses
 
 
@@ -85,21 +86,12 @@ class Footprint:
     chip: Chip
     mesh: jax.sharding.Mesh
     cfg: DecoderConfig
-    learner: Learner
+    learner: LearnerPrograms
     engine: Engine
     sampler: SamplerPrograms  # of one team of processes
     syncs: list[SyncProgram]  # what makes the rollout copy of the weights
     longest_prompt: int  # tokens of the longest q or q'
     programs: list[ProgramFootprint] = field(default_factory=list)
-
-    def fit_pages(self) -> None:
-        """Does what `Engine.fit_pages` does; if even the fewest pages are refused, the table will say so."""
-        try:
-            self.engine.fit_pages(self.sampler)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_refused(error):
-                raise
-        self.sampler = _of_team(self.engine, self.cfg, self.mesh)
 
     @property
     def code(self) -> int:
@@ -213,7 +205,7 @@ class Footprint:
 
     def _updating(self, context: int, length: int) -> dict[str, tuple[float, str]]:
         """Returns `least` of the gradients, of the rescoring before them, and of the optimizer steps."""
-        programs, shape = self.learner.programs, (self.learner.packer.shapes.largest,)
+        programs, shape = self.learner, (self.learner.packer.shapes.largest,)
         calls = self._update_calls(context, length)
         parts = {"gradients": self._calls(programs.accumulate, shape, calls[programs.accumulate])}
         if calls[programs.rescore]:
@@ -222,12 +214,8 @@ class Footprint:
 
     def _update_calls(self, context: int, length: int) -> dict[Program, int]:
         """Returns how often an update calls each of its programs."""
-        learner, algorithm = self.learner, self.config.algorithm
-        programs, shapes, optimizer_steps = (
-            learner.programs,
-            learner.packer.shapes,
-            self.config.optimizer_steps_per_update,
-        )
+        programs, algorithm = self.learner, self.config.algorithm
+        shapes, optimizer_steps = programs.packer.shapes, self.config.optimizer_steps_per_update
         completions = shapes.completions_per_unit
         tokens = self.config.trained_completions // completions * (context - 1 + completions * length)
         batches = -(-tokens // (shapes.largest * shapes.shards))
@@ -259,7 +247,8 @@ def describe(config: ModelConfig) -> DecoderConfig:
 
 
 def prepare(config: Config, devices: list) -> Footprint:
-    """Returns the footprint of a run on `devices`, without programs: `building.build` fills them in.
+    """Returns the footprint of a run on `devices`, with as many pages as are estimated to fit (see `fitted`), and
+    without programs: `building.build` fills them in.
 
     Raises:
         InputError: a kind of device whose figures are not known, or settings that a run would refuse too.
@@ -280,16 +269,30 @@ def prepare(config: Config, devices: list) -> Footprint:
     mesh = sharding.make_mesh(config.mesh, devices)
     cfg = fit_to_mesh(config, cfg, mesh)
     chip = chips.of(devices[0].device_kind)
-    learner = Learner(config, cfg, mesh, longest_prompt=longest_prompt, total_steps=config.steps or 1)
+    learner = LearnerPrograms(config, cfg, mesh, longest_prompt=longest_prompt, total_steps=config.steps or 1)
     memory = int(chip.hbm_bytes) - learner.resident_bytes
-    engine = open_run_engine(config, cfg, mesh, (cfg.vocab_size - 1,), longest_prompt, evaluation_plan, memory)
-    syncs = engine.sync.programs(learner.abstract_rollout_params())
-    return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(engine, cfg, mesh), syncs, longest_prompt)
+    programs = open_run_programs(config, cfg, mesh, (cfg.vocab_size - 1,), longest_prompt, evaluation_plan, memory)
+    engine = Engine(cfg, mesh, programs)
+    syncs = engine.sync.programs(learner.abstract_rollout_params)
+    return Footprint(config, chip, mesh, cfg, learner, engine, _of_team(programs, mesh), syncs, longest_prompt)
 
 
-def _of_team(engine: Engine, cfg: DecoderConfig, mesh: jax.sharding.Mesh) -> SamplerPrograms:
+def fitted(footprint: Footprint) -> Footprint:
+    """Returns `footprint` with as many pages as a run would have (`page_count.fitted`); if even the fewest are refused,
+    it is returned as it is, and the table will say so."""
+    try:
+        sampler = page_count.fitted(footprint.sampler)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_refused(error):
+            raise
+        return footprint
+    is_alone = footprint.sampler is not footprint.engine.programs
+    programs = footprint.engine.programs.resized(sampler.sizes) if is_alone else sampler
+    return replace(footprint, engine=Engine(footprint.cfg, footprint.mesh, programs), sampler=sampler)
+
+
+def _of_team(programs: SamplerPrograms, mesh: jax.sharding.Mesh) -> SamplerPrograms:
     """Returns the sampler's programs, compiled for the chips of one team as if no others were there."""
-    if engine.mesh.size == mesh.size:
-        return engine.programs
-    sampler_cfg, own = heads.spread_config(cfg, engine.tensor), alone(engine.mesh)
-    return SamplerPrograms(sampler_cfg, own, tuple(engine.eos_ids), engine.dtype, engine.sizes)
+    if programs.mesh.size == mesh.size:
+        return programs
+    return SamplerPrograms(programs.cfg, alone(programs.mesh), programs.eos_ids, programs.dtype, programs.sizes)

@@ -120,7 +120,7 @@ class Evaluator:
             _wait_for_all()
         rows = Rows(out, name, self._process if self._processes > 1 else None)
         self._check(name, rows, out)
-        own = [prompts[position] for position in self._scheduler.engine.team.positions(len(prompts))]
+        own = [prompts[position] for position in self._scheduler.positions(len(prompts))]
         with contextlib.closing(rows):
             self._sample_all(params, name, own, rows, chains)
         if out is None:

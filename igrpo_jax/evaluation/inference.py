@@ -27,9 +27,11 @@ from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint_reading import saved_step
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.rewards.verifier import Verifier
-from igrpo_jax.sampling.configured import open_engine, with_slots_for
+from igrpo_jax.sampling import page_count
+from igrpo_jax.sampling.configured import open_programs, with_slots_for
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.layout import shares_weights
+from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.storage.addresses import is_remote, modified, path_of
 
@@ -111,8 +113,8 @@ def load(inputs: EvaluationInputs, console: Console, stack: contextlib.ExitStack
     stack.enter_context(showing_waits(console.waiting))
     settings = RewardsConfig(accuracy=1.0, format=0.0, workers=config.rewards.workers, timeout=config.rewards.timeout)
     verifier = stack.enter_context(Verifier(settings))
-    engine = _engine(config, policy, mesh, inputs.plan)
-    engine.fit_pages()
+    sampler = _programs(config, policy, mesh, inputs.plan)
+    engine = Engine(policy.cfg, mesh, page_count.fitted(sampler))
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
     tell = lambda: console.message(
         f"{engine.slots} answers at once take {engine.programs.predicted_bytes / 2**30:.2f} GiB on each device"
@@ -127,14 +129,14 @@ def load(inputs: EvaluationInputs, console: Console, stack: contextlib.ExitStack
     return Evaluator(config, inputs.plan, scheduler, inputs.renderer, verifier, console), params
 
 
-def _engine(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> Engine:
-    """Returns a sampler with hardly more slots than there are samples."""
+def _programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> SamplerPrograms:
+    """Returns the programs of a sampler with hardly more slots than there are samples."""
     memory = cluster.from_first(device_bytes)  # processes of a team need as many pages
     if memory is not None and (config.model.lora.rank or not shares_weights(mesh, config.rollout.mesh.tensor)):
         # The loaded weights stay on the devices next to the sampler's copy.
         memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.cfg), config.model.dtype))
     samples = sum(len(prompts) * samples_per_problem(config, name) for name, prompts in plan.prompts.items())
-    return open_engine(
+    return open_programs(
         with_slots_for(config, mesh, samples),
         policy.cfg,
         mesh,

@@ -64,8 +64,8 @@ class Plan:
         if shortest >= self.max_new_tokens:
             return []
         return [
-            f"completions end at the model's context of {self.max_positions} tokens, {shortest} tokens after the longest "
-            f"prompt, not at {self.max_new_tokens}"
+            f"completions end at the model's context of {self.max_positions} tokens, {shortest} tokens after the "
+            f"longest prompt, not at {self.max_new_tokens}"
         ]
 
 

@@ -26,16 +26,15 @@ def passes(groups: Sequence[Group], metric: str) -> np.ndarray:
     return np.array([bool(objectives.has_signal(row)[0]) for row in values], bool)
 
 
-def rewards_after_filtering(groups: Sequence[Group], config: Config) -> np.ndarray:
-    """Returns the verifier's rewards, [P, G] float32.
+def rewards_after_filtering(group: Group, config: Config) -> np.ndarray:
+    """Returns the verifier's rewards, [G] float32.
 
     They are NaN in a group that dynamic sampling filters out after its last redraw, so that it enters no baseline and
     its advantages are 0.
     """
-    rewards = np.stack([group.rewards for group in groups])
-    if config.algorithm.max_redraws:
-        rewards[~passes(groups, config.filter_groups_metric)] = np.nan
-    return rewards
+    if config.algorithm.max_redraws and not passes([group], config.filter_groups_metric)[0]:
+        return np.full(len(group.completions), np.nan, np.float32)
+    return group.rewards
 
 
 def value(completion: Completion, metric: str) -> float:

@@ -22,52 +22,44 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from igrpo_jax.config import Config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.distributed.programs import tree_bytes
-from igrpo_jax.learning import objectives
-from igrpo_jax.learning.micro_shapes import MicroShapes
-from igrpo_jax.learning.packing import MicroBatch, Packer, Unit
+from igrpo_jax.learning.packing import MicroBatch, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.rescoring import rescore_units
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.update_metrics import mean_over_steps, optimizer_step_metrics
-from igrpo_jax.models import decoder, lora, spans
-from igrpo_jax.models.config import DecoderConfig
+from igrpo_jax.models import decoder, lora
 from igrpo_jax.records import Group
-from igrpo_jax.sampling.layout import shares_weights
 
 
 class Learner:
     """The update for one model, mesh and objective.
 
     Args:
-        longest_prompt: tokens of the longest q or q'.
-        total_steps: steps of the whole run, for the learning rate.
+        programs: the programs that it runs, with the optimizer and the abstract arrays of the state.
+        frozen: the model that LoRA adapts, in model.dtype; {} without LoRA.
+        reference: pi_ref as a state's params, where beta > 0, else None; with learner.offload_reference it waits in
+            host memory.
 
     Attributes:
-        programs: the programs that it runs, with the optimizer and the abstract arrays of the state.
         optimizer_steps_per_update: minibatches times iterations.
     """
 
-    def __init__(
-        self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, *, longest_prompt: int, total_steps: int
-    ):
-        self._config = config
-        self._settings = config.learner
-        self._mesh = mesh
+    def __init__(self, programs: LearnerPrograms, *, frozen: decoder.Params, reference: decoder.Params | None):
+        self.programs = programs
+        self.objective, self.packer = programs.objective, programs.packer
+        config = programs.config
+        self.optimizer_steps_per_update = config.optimizer_steps_per_update
+        self._minibatch_count = config.learner.minibatches
         self._lora = config.model.lora
         self._seed = config.seed
         self._iterations = config.algorithm.num_iterations
-        self._frozen: decoder.Params | None = None if self._lora.rank else {}  # what LoRA adapts
-        self._reference: decoder.Params | None = None
-        self.objective = objectives.resolve(config.algorithm)
-        self.optimizer_steps_per_update = config.optimizer_steps_per_update
-        shapes = MicroShapes(config, sharding.batch_shards(mesh), longest_prompt)
-        width = spans.width(cfg, mesh.shape["tensor"])
-        self.packer = Packer(self.objective, shapes, cfg.mamba.chunk_size if cfg.mamba else None, width)
-        total_optimizer_steps = total_steps * self.optimizer_steps_per_update
-        self.programs = LearnerPrograms(config, cfg, mesh, self.objective, self.packer, total_optimizer_steps)
+        self._frozen = frozen
+        if reference is not None and config.learner.offload_reference:
+            shardings = programs.state_sharding.params.items()
+            in_host = {path: where.with_memory_kind("pinned_host") for path, where in shardings}
+            reference = jax.device_put(reference, in_host)
+        self._reference = reference
 
     def init(self, params: decoder.Params) -> TrainState:
         """Returns a fresh optimizer state around `params`, which the state takes over."""
@@ -75,30 +67,9 @@ class Learner:
         zero = lambda: sharding.to_global(np.int32(0), self.programs.state_sharding.step)
         return TrainState(params, opt_state, zero(), zero())
 
-    def set_frozen(self, params: decoder.Params) -> None:
-        """Sets, with LoRA, the model that is adapted, in model.dtype."""
-        self._frozen = params
-
-    @property
-    def _adapted(self) -> decoder.Params:
-        """What LoRA adapts, {} without LoRA."""
-        assert self._frozen is not None, "with LoRA, `set_frozen` comes first"
-        return self._frozen
-
     def rollout_params(self, params: decoder.Params) -> decoder.Params:
         """Returns the parameters to sample with: those of a state, or adapters with the weights that they adapt."""
-        return lora.attach(self._adapted, params, self._lora.scaling)
-
-    def abstract_rollout_params(self) -> decoder.Params:
-        """Returns shapes, dtypes and shardings of what `rollout_params` returns."""
-        return lora.attach(self.programs.frozen, self.programs.state.params, self._lora.scaling)
-
-    def set_reference(self, params: decoder.Params) -> None:
-        """Sets pi_ref as a state's params, where beta > 0; with learner.offload_reference it waits in host memory."""
-        if self._settings.offload_reference:
-            shardings = self.programs.state_sharding.params.items()
-            params = jax.device_put(params, {path: where.with_memory_kind("pinned_host") for path, where in shardings})
-        self._reference = params
+        return lora.attach(self._frozen, params, self._lora.scaling)
 
     def update(
         self,
@@ -136,14 +107,13 @@ class Learner:
             for unit, logprobs in zip(units, self.rescored(params, units), strict=True):
                 unit.old = logprobs
         if self.objective.beta > 0:
-            assert self._reference is not None, "where beta > 0, `set_reference` comes first"
             reference = jax.device_put(self._reference, self.programs.state_sharding.params)
             for unit, logprobs in zip(units, self.rescored(reference, units), strict=True):
                 unit.reference = logprobs
 
     def _minibatches(self, units_by_stage: list[list[Unit]], step: int, iteration: int) -> Iterator[list[Unit]]:
         """Yields the units of each optimizer step of one iteration: an equal part of the units of each stage."""
-        count = self._settings.minibatches
+        count = self._minibatch_count
         rng = np.random.default_rng([self._seed, step, iteration, 0x313B])
         orders = [rng.permutation(len(units)) if count > 1 else np.arange(len(units)) for units in units_by_stage]
         for parts in zip(*(np.array_split(order, count) for order in orders), strict=True):
@@ -159,7 +129,7 @@ class Learner:
             for batch in self.packer.micro_batches([unit for unit in trained if unit.stage == stage]):
                 arrays = self.programs.to_devices(self.packer.fill(batch))
                 grads, sums[stage] = self.programs.accumulate(
-                    state.params, grads, sums[stage], arrays, self._adapted, shape=(batch.size,)
+                    state.params, grads, sums[stage], arrays, self._frozen, shape=(batch.size,)
                 )
                 padded += batch.padded_tokens
         state, applied = self.programs.apply(state, grads, sums)
@@ -177,7 +147,7 @@ class Learner:
             batches: micro-batches that hold all completions of the units; None to pack them.
         """
         batches = self.packer.micro_batches(units) if batches is None else batches
-        return rescore_units(self.programs, self.packer, params, self._adapted, batches, units)
+        return rescore_units(self.programs, params, self._frozen, batches, units)
 
     def _has_gradient(self, unit: Unit) -> bool:
         """Returns whether a unit has a gradient: where only the advantage gives one, a unit without advantages has
@@ -206,16 +176,3 @@ class Learner:
             return []
         assert len(advantages) == len(groups), "drafts are trained on: give their advantages to `update`"
         return self.packer.units([group.of_drafts for group in groups], advantages)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes that training keeps on each device while completions are sampled.
-
-        Where the sampler is sure to use the trained weights themselves (on an accelerator, float32, not split over
-        mesh.fsdp, without LoRA, with the layout of the training), these are counted with the rollout and not here.
-        """
-        config, programs = self._config, self.programs
-        is_shared = config.model.dtype == "float32" and not config.model.lora.rank
-        is_shared = is_shared and shares_weights(self._mesh, config.rollout.mesh.tensor)
-        params = 0 if is_shared else tree_bytes(programs.state.params)
-        return params + tree_bytes(programs.frozen) + programs.waiting_bytes.accumulate

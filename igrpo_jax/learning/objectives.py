@@ -137,8 +137,9 @@ def resolve(config: AlgorithmConfig) -> ResolvedObjective:
 
 def has_signal(rewards: np.ndarray) -> np.ndarray:
     """Returns whether the rewards of each group differ, [P] bool; rewards are [P, G] float32, NaN without a verdict."""
-    known = np.ma.masked_invalid(rewards)
-    return (known.max(axis=1) != known.min(axis=1)).filled(False)
+    values = np.asarray(rewards, np.float64)  # a user's reward may be an integer
+    known = np.isfinite(values)
+    return values.max(1, where=known, initial=-np.inf) > values.min(1, where=known, initial=np.inf)
 
 
 def group_advantages(rewards: np.ndarray, scale: str, baseline: str = "mean") -> np.ndarray:

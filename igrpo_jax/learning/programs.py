@@ -13,17 +13,18 @@ from igrpo_jax.config import Config
 from igrpo_jax.distributed import chips, cluster, sharding
 from igrpo_jax.distributed.compiling import ProgramShapes
 from igrpo_jax.distributed.programs import Program, is_refused, program_bytes, tree_bytes
-from igrpo_jax.learning import forward, loss, train_state
+from igrpo_jax.learning import forward, loss, objectives, train_state
 from igrpo_jax.learning.forward import PolicyLogprobs
 from igrpo_jax.learning.loss import LossSettings, MicroBatchSums
-from igrpo_jax.learning.objectives import ResolvedObjective
+from igrpo_jax.learning.micro_shapes import MicroShapes
 from igrpo_jax.learning.optimizer import make_optimizer, state_shardings
 from igrpo_jax.learning.packing import Packer, TrainBatch
 from igrpo_jax.learning.train_state import TrainState
-from igrpo_jax.models import decoder, lora
+from igrpo_jax.models import decoder, lora, spans
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import TrainingCosts
 from igrpo_jax.models.logprobs import chunk_positions
+from igrpo_jax.sampling.layout import shares_weights
 
 # Values of learner.remat that "auto" tries, fastest first. On a CPU, where memory is slow, recomputing the logits is
 # faster than keeping them, and kept logits would be more than half of the activation memory.
@@ -43,9 +44,11 @@ class LearnerPrograms:
     """One `Program` for each function that an update runs on the devices, for one model, mesh and objective.
 
     Args:
-        total_optimizer_steps: optimizer steps of the whole run, for the learning rate.
+        longest_prompt: tokens of the longest q or q'.
+        total_steps: steps of the whole run, for the learning rate.
 
     Attributes:
+        objective, packer: what is optimized, and what cuts groups into the micro-batches that the programs take.
         schedule: the learning rate by the number of optimizer steps made.
         costs: what the programs cost.
         state, frozen: the training state, and the weights that LoRA adapts ({} without LoRA), as abstract arrays.
@@ -54,24 +57,21 @@ class LearnerPrograms:
     """
 
     def __init__(
-        self,
-        config: Config,
-        cfg: DecoderConfig,
-        mesh: jax.sharding.Mesh,
-        objective: ResolvedObjective,
-        packer: Packer,
-        total_optimizer_steps: int,
+        self, config: Config, cfg: DecoderConfig, mesh: jax.sharding.Mesh, *, longest_prompt: int, total_steps: int
     ):
+        self.config = config
+        self.objective = objectives.resolve(config.algorithm)
+        shapes = MicroShapes(config, sharding.batch_shards(mesh), longest_prompt)
+        width = spans.width(cfg, mesh.shape["tensor"])
+        self.packer = Packer(self.objective, shapes, cfg.mamba.chunk_size if cfg.mamba else None, width)
+        total_optimizer_steps = total_steps * config.optimizer_steps_per_update
         self.optimizer, self.schedule = make_optimizer(config.optimizer, total_optimizer_steps)
-        self.costs = TrainingCosts(config, cfg, mesh, packer.shapes.unit)
+        self.costs = TrainingCosts(config, cfg, mesh, shapes.unit)
         if config.learner.remat == "auto":  # agreed on now, because the thread that reads `remat` must not meet others
             self._usable = cluster.from_first(partial(chips.usable_bytes, mesh.devices.flat[0])) * chips.FILL_FRACTION
-        self._config = config
         self._mesh = mesh
-        self._objective = objective
-        self._packer = packer
         self._gradient_programs: dict[str, Program] = {}
-        self._sizes = [(size,) for size in packer.shapes.sizes]
+        self._sizes = [(size,) for size in shapes.sizes]
         self._replicated = sharding.replicated(mesh)
         self._policy = PolicyLogprobs(
             cfg=cfg,
@@ -82,9 +82,9 @@ class LearnerPrograms:
             lora_scaling=config.model.lora.scaling,
         )
         self.stages = config.algorithm.trained_stages
-        shapes, rank = decoder.shapes(cfg), config.model.lora.rank
-        self._shapes = lora.shapes(config.model.lora, shapes) if rank else shapes
-        self.frozen = sharding.abstract_params(mesh, shapes, config.model.dtype) if rank else {}
+        whole, rank = decoder.shapes(cfg), config.model.lora.rank
+        self._shapes = lora.shapes(config.model.lora, whole) if rank else whole
+        self.frozen = sharding.abstract_params(mesh, whole, config.model.dtype) if rank else {}
         self.state_sharding, self.state = self._make_state()
 
     def _make_state(self) -> tuple[TrainState, TrainState]:
@@ -108,7 +108,7 @@ class LearnerPrograms:
         With "auto", reading this property compiles the program of a full micro-batch. Choices that cannot fit by a
         formula are skipped, because a program takes minutes to compile.
         """
-        requested = self._config.learner.remat
+        requested = self.config.learner.remat
         if requested != "auto":
             return requested
         state = self.waiting_bytes.accumulate + 2 * tree_bytes(self.state.params) + tree_bytes(self.frozen)
@@ -136,19 +136,22 @@ class LearnerPrograms:
             self._gradient_programs[remat] = self._make_gradient_program(remat)
         return self._gradient_programs[remat]
 
-    def _make_gradient_program(self, remat: str) -> Program:
-        settings = LossSettings(
-            objective=self._objective,
+    def loss_settings(self, remat: str) -> LossSettings:
+        """Returns what the program of `accumulate` is compiled with; its `policy` is what that of `rescore` is."""
+        return LossSettings(
+            objective=self.objective,
             policy=replace(self._policy, remat=remat),
-            on_policy=self._config.optimizer_steps_per_update == 1,
-            correction_cap=self._config.algorithm.importance_sampling_cap,
+            on_policy=self.config.optimizer_steps_per_update == 1,
+            correction_cap=self.config.algorithm.importance_sampling_cap,
         )
+
+    def _make_gradient_program(self, remat: str) -> Program:
         platform = self._mesh.devices.flat[0].platform  # of a topology it may differ from the default platform
         params, sums = self.state.params, self._abstract_sums()[self.stages[0]]
         return Program(
             "accumulate",
             jax.jit(
-                partial(loss.accumulate, settings),
+                partial(loss.accumulate, self.loss_settings(remat)),
                 donate_argnums=(1, 2),
                 out_shardings=(self.state_sharding.params, self._replicated),
                 compiler_options=decoder.barrier_options(platform),
@@ -201,8 +204,8 @@ class LearnerPrograms:
     def waiting_bytes(self) -> WaitingBytes:
         """For each program, the bytes on each device that training keeps there besides the program's arguments."""
         params, moments = tree_bytes(self.state.params), tree_bytes(self.state.opt_state)
-        scores_reference = self._objective.beta > 0
-        reference = params if scores_reference and not self._config.learner.offload_reference else 0
+        scores_reference = self.objective.beta > 0
+        reference = params if scores_reference and not self.config.learner.offload_reference else 0
         return WaitingBytes(
             accumulate=moments + reference,
             rescore=moments + (params if scores_reference else 0),  # one of pi and pi_ref waits, the other is scored
@@ -210,11 +213,28 @@ class LearnerPrograms:
         )
 
     @property
+    def resident_bytes(self) -> int:
+        """Bytes that training keeps on each device while completions are sampled.
+
+        Where the sampler is sure to use the trained weights themselves (on an accelerator, float32, not split over
+        mesh.fsdp, without LoRA, with the layout of the training), these are counted with the rollout and not here.
+        """
+        is_shared = self.config.model.dtype == "float32" and not self.config.model.lora.rank
+        is_shared = is_shared and shares_weights(self._mesh, self.config.rollout.mesh.tensor)
+        params = 0 if is_shared else tree_bytes(self.state.params)
+        return params + tree_bytes(self.frozen) + self.waiting_bytes.accumulate
+
+    @property
+    def abstract_rollout_params(self) -> decoder.Params:
+        """What `Learner.policy` returns, as abstract arrays."""
+        return lora.attach(self.frozen, self.state.params, self.config.model.lora.scaling)
+
+    @property
     def program_shapes(self) -> ProgramShapes:
         """All programs that an update may call."""
-        is_rescored = self._config.optimizer_steps_per_update > 1 or self._objective.beta > 0
+        is_rescored = self.config.optimizer_steps_per_update > 1 or self.objective.beta > 0
         rescored = self._sizes if is_rescored else []
-        if not rescored and self._config.algorithm.num_drafts and self._config.log.samples_every:
+        if not rescored and self.config.algorithm.num_drafts and self.config.log.samples_every:
             rescored = self._sizes[:1]  # for `diagnostics`
         sizes = [
             (program, size) for program, of in ((self.accumulate, self._sizes), (self.rescore, rescored)) for size in of
@@ -237,7 +257,7 @@ class LearnerPrograms:
 
     def _abstract_batch(self, size: int) -> TrainBatch:
         split = sharding.batch_sharding(self._mesh)
-        batch = self._packer.empty(size)
+        batch = self.packer.empty(size)
         return jax.tree.map(lambda x: _with_sharding(x, split if x.ndim else self._replicated), batch)
 
 

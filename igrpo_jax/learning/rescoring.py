@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from igrpo_jax.distributed import sharding
-from igrpo_jax.learning.packing import MicroBatch, Packer, Unit
+from igrpo_jax.learning.packing import MicroBatch, Unit
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.models import decoder
 
 
 def rescore_units(
     programs: LearnerPrograms,
-    packer: Packer,
     params: decoder.Params,
     frozen: decoder.Params,
     batches: Sequence[MicroBatch],
@@ -26,7 +25,7 @@ def rescore_units(
     """
     rescored: dict[int, list[np.ndarray]] = {id(unit): [np.zeros(0)] * len(unit.completions) for unit in units}
     for batch in batches:
-        arrays = programs.rescore(params, programs.to_devices(packer.fill(batch)), frozen, shape=(batch.size,))
+        arrays = programs.rescore(params, programs.to_devices(programs.packer.fill(batch)), frozen, shape=(batch.size,))
         logprob = sharding.to_host(arrays)
         for shard, start, unit, i in batch.places():
             rescored[id(unit)][i] = logprob[shard, start : start + len(unit.completions[i].tokens)]

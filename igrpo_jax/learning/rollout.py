@@ -26,7 +26,6 @@ from absl import logging
 
 from igrpo_jax.config import AlgorithmConfig, Config
 from igrpo_jax.distributed import watchdog
-from igrpo_jax.distributed.compiling import ProgramShapes
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import exchange, filtering, objectives
 from igrpo_jax.learning.exchange import RolloutPart
@@ -60,11 +59,6 @@ class Rollout:
         self._scheduler = scheduler
         self._verifier = verifier
         self._warned = False
-
-    @property
-    def program_shapes(self) -> ProgramShapes:
-        """The programs that sampling may need, with their shapes."""
-        return self._scheduler.engine.program_shapes
 
     def collect(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> RolloutResult:
         """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.
@@ -121,16 +115,16 @@ class Rollout:
             waited = sample_and_score(self._scheduler, self._verifier.submit, self._renderer)
         finally:
             self._scheduler.finish()
-        groups = {progress.position: progress.group() for progress in (*runner.unrefined, *runner.latest.values())}
-        sampled = [*groups.values(), *runner.redrawn]
+        groups, redrawn, left_out = runner.result()
+        sampled = [*groups.values(), *redrawn]
         refinements = [completion for group in sampled for completion in group.completions]
         return RolloutPart(
             groups=groups,
-            redrawn=len(runner.redrawn),
-            redrawn_equal=_equal(runner.redrawn),
-            scores=_scores(runner.redrawn) + [completion.score for completion in runner.left_out],
+            redrawn=len(redrawn),
+            redrawn_equal=_equal(redrawn),
+            scores=_scores(redrawn) + [completion.score for completion in left_out],
             draft_tokens=sum(len(draft.tokens) for group in sampled for draft in group.drafts),
-            completion_tokens=sum(len(completion.tokens) for completion in (*refinements, *runner.left_out)),
+            completion_tokens=sum(len(completion.tokens) for completion in (*refinements, *left_out)),
             judgements=self._verifier.judgements,
             usage=self._scheduler.usage,
             seconds=time.perf_counter() - began,

@@ -29,7 +29,7 @@ reference answer is 1 or 0. A prompt whose solutions are all right or all wrong 
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -136,6 +136,14 @@ def keep_best_refined(progress: PromptProgress) -> list[Completion]:
     return left_out
 
 
+class SampledStep(NamedTuple):
+    """What this process has sampled and scored of a step, by what becomes of it."""
+
+    groups: dict[StepPosition, Group]  # the groups that enter the update
+    redrawn: list[Group]  # groups that were filtered out, whose position a fresh prompt took
+    left_out: list[Completion]  # refinements of drafts that are not kept
+
+
 class StageRunner:
     """This process's prompts of one step: it decides what each prompt does next, once a score has come."""
 
@@ -161,18 +169,24 @@ class StageRunner:
         self._keys = {stage: stage_key(config.seed, step, number) for stage, number in STAGES.items()}
         self._drafting: set[int] = set()  # positions whose drafts are not all scored
         # The latest prompt of each position of this process.
-        self.latest = {
+        self._latest = {
             index: PromptProgress(prompts(0)[index], StepPosition(index), left=config.algorithm.num_generations)
-            for index in scheduler.engine.team.positions(self._count)
+            for index in scheduler.positions(self._count)
         }
-        self.left_out: list[Completion] = []  # refinements of drafts that are not kept
-        self.unrefined: list[PromptProgress] = []  # prompts without Stage 2, whose position a fresh prompt took
-        self.redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
+        self._left_out: list[Completion] = []  # refinements of drafts that are not kept
+        self._unrefined: list[PromptProgress] = []  # prompts without Stage 2, whose position a fresh prompt took
+        self._redrawn: list[Group] = []  # groups that were filtered out, whose position a fresh prompt took
 
     def start(self) -> None:
         """Queues the first samples of every prompt; what follows them is queued as scores come."""
-        for progress in self.latest.values():
+        for progress in self._latest.values():
             self._begin(progress)
+
+    def result(self) -> SampledStep:
+        """Returns what was sampled, once every score is there."""
+        stayed = (*self._unrefined, *self._latest.values())
+        groups = {progress.position: progress.group() for progress in stayed}
+        return SampledStep(groups, self._redrawn, self._left_out)
 
     def _rng(self, progress: PromptProgress, tag: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, self._step, progress.position.random_index(self._count), tag])
@@ -206,7 +220,7 @@ class StageRunner:
         if self._rollout.streamed:
             self._drafted(progress)
         elif not self._drafting:
-            for waiting in [other for other in self.latest.values() if other.context is None]:
+            for waiting in [other for other in self._latest.values() if other.context is None]:
                 self._drafted(waiting)
 
     def _drafted(self, progress: PromptProgress) -> None:
@@ -223,14 +237,14 @@ class StageRunner:
             return
         progress.context = progress.prompt.tokens
         if algorithm.draft_when == "unsolved" and progress.left >= self._num_drafts:
-            self.unrefined.append(progress)
+            self._unrefined.append(progress)
             self._begin(self._fresh(progress, progress.left - self._num_drafts))
 
     def _fresh(self, progress: PromptProgress, left: int = 0) -> PromptProgress:
         """Returns the fresh prompt that takes the position of `progress`."""
         index, redraw = progress.position
         fresh = PromptProgress(self._prompts(redraw + 1)[index], StepPosition(index, redraw + 1), left=left)
-        self.latest[index] = fresh
+        self._latest[index] = fresh
         return fresh
 
     def _start_second(self, progress: PromptProgress) -> None:
@@ -267,10 +281,10 @@ class StageRunner:
         if len(progress.completions) < self._algorithm.num_generations * len(progress.contexts):
             return
         if len(progress.contexts) > 1:
-            self.left_out += keep_best_refined(progress)
+            self._left_out += keep_best_refined(progress)
         redraws = self._algorithm.max_redraws
         if progress.position.redraw < redraws and not filtering.passes([progress.group()], self._filter_metric)[0]:
-            self.redrawn.append(progress.group())
+            self._redrawn.append(progress.group())
             self._begin(self._fresh(progress))
 
     def _submit(

@@ -134,14 +134,14 @@ def probe(
     asked = measure.ProbeInputs(inputs, run, step, problems, samples, gradients)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(inputs.mesh))
-        learner, engine = measure.programs(asked)  # checks settings before anything is written
+        training, sampler = measure.programs(asked)  # checks settings before anything is written
         settings = {"kind": "probe", **head, "samples": samples, **deciding(inputs)}
         still_ours = stack.enter_context(results.held(folder, settings))
         console = stack.enter_context(Console())
         console.table("Probe", measure.plan(asked))
         use_disk_cache(config.compilation_cache)
         stack.enter_context(watchdog.watching(config.watchdog))
-        answered, measured = measure.measure(asked, learner, engine, folder, console, stack)
+        answered, measured = measure.measure(asked, training, sampler, folder, console, stack)
         still_ours()
         summary = measure.finish(inputs, folder, {**head, "command": command}, answered, measured, console)
         console.message(f"{time.perf_counter() - began:.1f} s; written to {folder / 'probe.html'}")

@@ -33,8 +33,8 @@ import numpy as np
 from igrpo_jax.config import AlgorithmConfig, Config
 from igrpo_jax.distributed import sharding, watchdog
 from igrpo_jax.learning import objectives
-from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.packing import Unit
+from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.rescoring import rescore_units
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
@@ -60,7 +60,7 @@ class Measured(NamedTuple):
 
 
 class Gradients:
-    """Computes gradients and reliance with the programs of the learner.
+    """Computes gradients and reliance with the programs of an update.
 
     Args:
         params: what is trained, float32.
@@ -68,9 +68,9 @@ class Gradients:
     """
 
     def __init__(
-        self, learner: Learner, params: decoder.Params, frozen: decoder.Params, console: Console, folder: Path
+        self, programs: LearnerPrograms, params: decoder.Params, frozen: decoder.Params, console: Console, folder: Path
     ):
-        self._learner = learner
+        self._programs = programs
         self._params = params
         self._frozen = frozen
         self._console = console
@@ -119,7 +119,8 @@ class Gradients:
                 yield chosen
                 chosen = []
             if not chosen:
-                left = self._learner.packer.shapes.largest * self._learner.packer.shapes.shards
+                shapes = self._programs.packer.shapes
+                left = shapes.largest * shapes.shards
             chosen.append(number)
             left -= tokens
         if chosen:
@@ -127,7 +128,7 @@ class Gradients:
 
     def _of(self, problem: Answered, kinds: Sequence[str], reliance: dict[str, np.ndarray]) -> Measured:
         """Returns what is measured of a problem, after its file is written."""
-        units = of_kinds(problem, self._learner.objective, self._learner.packer.shapes.max_completion)
+        units = of_kinds(problem, self._programs.objective, self._programs.packer.shapes.max_completion)
         sketches = {kind: self._sketch(units[kind]) for kind in kinds}
         arrays = sketches | {f"reliance_{draft}": values for draft, values in reliance.items()}
         file, path = io.BytesIO(), self._path(problem)
@@ -140,7 +141,7 @@ class Gradients:
         """Returns the sketch of the gradient of `units`, 0 if there are none."""
         if not units:
             return np.zeros(WIDTH, np.float32)
-        programs, packer = self._learner.programs, self._learner.packer
+        programs, packer = self._programs, self._programs.packer
         grads, sums = programs.zeros()
         for batch in packer.micro_batches(units):
             arrays = programs.to_devices(packer.fill(batch))
@@ -153,8 +154,8 @@ class Gradients:
         """Returns log pi(o | q') - log pi(o | q) of each right refinement of a right, or wrong, draft; in nats."""
         pairs = [reliance_units(problem) for problem in problems]
         units = [unit for of in pairs for pair in of.values() for unit in pair]
-        programs, packer = self._learner.programs, self._learner.packer
-        rescored = rescore_units(programs, packer, self._params, self._frozen, packer.micro_batches(units), units)
+        batches = self._programs.packer.micro_batches(units)
+        rescored = rescore_units(self._programs, self._params, self._frozen, batches, units)
         sums = iter([np.array([x.sum(dtype=np.float64) for x in logprobs]) for logprobs in rescored])
         none = dict.fromkeys(DRAFTS, np.zeros(0))
         return [none | {draft: next(sums) - next(sums) for draft in of} for of in pairs]

@@ -14,7 +14,7 @@ from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import RunError
 from igrpo_jax.evaluation import measures
 from igrpo_jax.learning import objectives
-from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.console import Console
@@ -25,10 +25,12 @@ from igrpo_jax.probe.estimates import UNKNOWN, Estimate
 from igrpo_jax.probe.gradients import Gradients, Measured, learner_config
 from igrpo_jax.records import Prompt
 from igrpo_jax.rewards.verifier import Verifier
+from igrpo_jax.sampling import page_count
 from igrpo_jax.sampling.configured import with_slots_for
 from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.scheduler import Scheduler
-from igrpo_jax.session.run_inputs import RunInputs, open_run_engine
+from igrpo_jax.session.run_inputs import RunInputs, open_run_programs
 
 NAMED = 5  # ids of problems that are left out, in a message
 
@@ -51,30 +53,35 @@ class ProbeInputs:
         return [every[i] for i in step_indices(0, min(self.problems, len(every)), len(every), self.inputs.config.seed)]
 
 
-def programs(asked: ProbeInputs) -> tuple[Learner, Engine]:
-    """Returns what computes gradients, and a sampler with no more slots than the plain answers need.
+def programs(asked: ProbeInputs) -> tuple[LearnerPrograms, SamplerPrograms]:
+    """Returns what computes gradients, and what samples, with no more slots than the plain answers need.
 
     Raises:
         InputError: settings that do not fit the model or the devices.
     """
     inputs, config, policy = asked.inputs, asked.inputs.config, asked.inputs.policy
     sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": 1}
-    learner = Learner(learner_config(config), policy.cfg, inputs.mesh, **sizes)
+    training = LearnerPrograms(learner_config(config), policy.cfg, inputs.mesh, **sizes)
     memory = device_bytes()
-    memory = memory and memory - learner.resident_bytes
+    memory = memory and memory - training.resident_bytes
     config = with_slots_for(config, inputs.mesh, len(asked.prompts) * asked.samples)
     plan = inputs.evaluation_plan
-    engine = open_run_engine(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
-    return learner, engine
+    sampler = open_run_programs(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
+    return training, sampler
 
 
 def measure(
-    asked: ProbeInputs, learner: Learner, engine: Engine, folder: Path, console: Console, stack: contextlib.ExitStack
+    asked: ProbeInputs,
+    training: LearnerPrograms,
+    sampler: SamplerPrograms,
+    folder: Path,
+    console: Console,
+    stack: contextlib.ExitStack,
 ) -> tuple[list[Answered], list[Measured]]:
     """Returns the problems that lack nothing, and what was measured of each of them.
 
     Args:
-        learner, engine: what `programs` returned.
+        training, sampler: what `programs` returned.
         folder: holds what an earlier launch has drawn and computed.
         stack: gets what must be closed.
 
@@ -83,7 +90,7 @@ def measure(
     """
     inputs, config, prompts = asked.inputs, asked.inputs.config, asked.prompts
     stack.enter_context(showing_waits(console.waiting))
-    engine.fit_pages()
+    engine = Engine(inputs.policy.cfg, inputs.mesh, page_count.fitted(sampler))
     name, limit = config.data.answer_name, config.rollout.max_completion_length
     verifier = stack.enter_context(
         Verifier(config.rewards, limit, name, folder / "judge.sqlite", max_steps=inputs.total_steps)
@@ -100,7 +107,7 @@ def measure(
         raise RunError(f"no problem can be counted: {left_out(everyone)}; {fix}")
     if len(answered) < len(everyone):
         console.message(f"left out: {left_out(everyone)}")
-    return answered, Gradients(learner, params, frozen, console, folder).measure(answered, asked.gradients)
+    return answered, Gradients(training, params, frozen, console, folder).measure(answered, asked.gradients)
 
 
 def left_out(everyone: Sequence[Answered]) -> str:

@@ -1,32 +1,24 @@
 """Runs the sampler's programs on values of the host, such as lists of slots. `scheduler` decides when."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from igrpo_jax.distributed import cluster, sharding, teams
+from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.distributed.compiling import ProgramShapes, all_shapes, compile_all
 from igrpo_jax.distributed.programs import pick_bucket, tree_bytes
-from igrpo_jax.errors import InputError
-from igrpo_jax.models import decoder, heads
+from igrpo_jax.models import decoder
 from igrpo_jax.models.config import DecoderConfig
-from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.windows import Windows
-from igrpo_jax.sampling import inputs, lockstep, page_count
+from igrpo_jax.sampling import inputs, lockstep
 from igrpo_jax.sampling.inputs import PromptChunk, SlotAssignment
-from igrpo_jax.sampling.layout import choose_tensor, sampler_mesh
 from igrpo_jax.sampling.lockstep import Call
 from igrpo_jax.sampling.programs import SamplerPrograms, traced, weight_shardings
-from igrpo_jax.sampling.shapes import LANES, WIDTH, Sizes
+from igrpo_jax.sampling.shapes import WIDTH
 from igrpo_jax.sampling.state import Sampling, State, Status
 from igrpo_jax.sampling.weights import WeightSync
-
-PAGE_SIZE = {"cpu": 16}  # positions of a page by platform: a kernel reads larger ones faster, smaller ones waste less
-OTHER_PAGE_SIZE = 64
 
 
 class Engine:
@@ -40,20 +32,11 @@ class Engine:
     others `follow`.
 
     Args:
+        cfg: the model as it is trained.
         mesh: the mesh of the run, which the weights come from.
-        tensor: devices that share one copy of the weights; None = those of `choose_tensor`.
-        slots: completions decoded at once, over all processes.
-        longest_prompt: longest prompt in tokens.
-        max_completion: most tokens of a completion (M).
-        length: most tokens of the two together; None = their sum.
-        steps_per_dispatch: decode steps of one call at most (K).
-        pages: pages of the cache on each device; 0 = as many as all slots can need, if `memory` holds them.
-        page_size: positions of a page; 0 = 16 on a CPU, 64 elsewhere.
-        memory: bytes of each device that sampling may use; None = any.
-        prefill_chunk: tokens of each shard that are prefilled at once, at most.
+        programs: all programs of the sampler, on the part of its mesh that belongs to this process's team.
 
     Attributes:
-        programs: all programs of the sampler.
         sync: the programs behind `weights`.
         team: the processes that sample together with this one.
         mesh: the part of the sampler's mesh that belongs to the team.
@@ -62,84 +45,27 @@ class Engine:
         sizes: what the programs are compiled for.
         shards: the shards of the slots of the team: its groups, or the parts of them.
         slots, shard_slots: completions decoded at once by the team, and by each of its shards.
-
-    Raises:
-        InputError: the slots don't divide over the groups of devices, a group does not divide the model, or the pages
-            don't hold one sequence.
     """
 
-    def __init__(
-        self,
-        cfg: DecoderConfig,
-        mesh: jax.sharding.Mesh,
-        eos_ids: tuple[int, ...],
-        *,
-        tensor: int | None = None,
-        slots: int,
-        longest_prompt: int,
-        max_completion: int,
-        length: int | None = None,
-        dtype: str,
-        steps_per_dispatch: int,
-        pages: int = 0,
-        page_size: int = 0,
-        memory: float | None = None,
-        prefill_chunk: int = 2048,
-    ):
-        length = length or longest_prompt + max_completion
-        page_size = page_size or PAGE_SIZE.get(mesh.devices.flat[0].platform, OTHER_PAGE_SIZE)
-        if tensor is None:
-            limits = {"slots": slots, "length": length, "lanes": LANES, "page_size": page_size, "memory": memory}
-            tensor = cluster.from_first(partial(choose_tensor, cfg, mesh, dtype, **limits))
-        self._whole_mesh = sampler_mesh(cfg, mesh, tensor, slots)
-        sampler_cfg = heads.spread_config(cfg, tensor)
-        self.dtype = dtype
-        self.tensor = tensor
-        self.eos_ids = frozenset(eos_ids)
+    def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, programs: SamplerPrograms):
+        self.programs = programs
+        self.sizes = programs.sizes
+        self.mesh = programs.mesh
+        self.dtype = programs.dtype
+        self.eos_ids = frozenset(programs.eos_ids)
+        self.tensor = self.mesh.shape["tensor"]
+        self._whole_mesh = teams.sampler_mesh(mesh, self.tensor)
         self.team = teams.team_of(self._whole_mesh)
-        self.mesh = teams.team_mesh(self._whole_mesh, self.team)
         self._own_groups = sharding.batch_shards(self.mesh)
-        self.shards = self._own_groups * sampler_cfg.row_parts
+        self.shards = self._own_groups * self.sizes.parts
         self.groups = sharding.batch_shards(self._whole_mesh)
-        self.shard_slots = slots // (self.groups * sampler_cfg.row_parts)
+        self.shard_slots = self.sizes.shard_slots
         self.slots = self.shard_slots * self.shards
-        self.sizes = Sizes(
-            shard_slots=self.shard_slots,
-            pages=pages,
-            page_size=page_size,
-            length=length,
-            longest_prompt=longest_prompt,
-            max_completion=max_completion,
-            steps_per_dispatch=steps_per_dispatch,
-            prefill_chunk=prefill_chunk,
-            parts=sampler_cfg.row_parts,
-        )
-        self._memory = None if pages else memory
-        if not pages:
-            estimated = page_count.estimated_pages(self.sizes, ModelCosts(sampler_cfg, dtype, tensor), memory)
-            self.sizes = replace(self.sizes, pages=estimated)
-        _check_pages(self.sizes)
-        self.programs = SamplerPrograms(sampler_cfg, self.mesh, eos_ids, dtype, self.sizes)
-        self.sync = WeightSync(cfg, mesh, self._whole_mesh, dtype)
-        self._team_shardings = weight_shardings(sampler_cfg, self.mesh)
+        self.sync = WeightSync(cfg, mesh, self._whole_mesh, self.dtype)
+        self._team_shardings = weight_shardings(programs.cfg, self.mesh)
         self._kept: tuple[tuple[int, ...], Windows] | None = None  # windows of the last dispatch, by its shape
         # By group: slot -> the row whose window is up to date with the slot's pages.
         self._window_row: list[dict[int, int]] = [{} for _ in range(self._own_groups)]
-
-    def fit_pages(self, programs: SamplerPrograms | None = None) -> None:
-        """Sets the number of pages to what fits in `memory` by the compiler's count, where memory limits it.
-
-        It compiles programs for this and replaces `programs` and `sizes`, so it must be called before either is used.
-
-        Args:
-            programs: compiled for the count instead of the engine's own.
-        """
-        if self._memory is None or self.sizes.pages == self.sizes.most_pages:
-            return
-        # Compilers of several processes may talk to each other: all of them count, and the first one's count is taken.
-        counted = page_count.counted_pages(programs or self.programs, self._memory)
-        self.sizes = replace(self.sizes, pages=cluster.from_first(lambda: counted))
-        self.programs = self.programs.resized(self.sizes)
 
     @property
     def program_shapes(self) -> ProgramShapes:
@@ -177,7 +103,7 @@ class Engine:
         """Returns the rollout copy of the policy's parameters: LoRA's changes merged, cast, with the heads that the
         sampler's mesh needs, and brought to that mesh, once per step."""
         params = self.sync(params)
-        return params if self.mesh is self._whole_mesh else teams.team_view(params, self._team_shardings)
+        return params if self.mesh == self._whole_mesh else teams.team_view(params, self._team_shardings)
 
     def empty(self) -> State:
         """Returns a state in which all pages, lanes and slots are free."""
@@ -299,13 +225,3 @@ class Engine:
         """Returns `tree`, numpy arrays split over the shards by their first dimension, as a program takes it."""
         # Given numpy arrays, a program puts them on devices of this process in a quarter of the time of `device_put`.
         return tree if len(self.team.processes) == 1 else sharding.to_global(tree, self.programs.batch_sharding)
-
-
-def _check_pages(sizes: Sizes) -> None:
-    """Raises InputError if the longest sequence does not fit in the pages next to its prompt's last page."""
-    if sizes.pages < sizes.least_pages:
-        need = f"{sizes.least_pages} page{'s' * (sizes.least_pages != 1)} of {sizes.page_size}"
-        raise InputError(
-            f"config.rollout.pages = {sizes.pages}: a prompt and its completion may take {sizes.length} tokens, which "
-            f"need {need}; set it to at least that, or to 0 for what memory holds"
-        )

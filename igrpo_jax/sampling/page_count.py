@@ -7,35 +7,50 @@ so programs with the fewest pages are compiled for the count.
 
 from dataclasses import replace
 
-from igrpo_jax.distributed import chips
+from igrpo_jax.distributed import chips, cluster
 from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.sampling.layout import pages_in, reads_pages
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.shapes import Sizes
 
 
-def estimated_pages(sizes: Sizes, costs: ModelCosts, memory: float | None) -> int:
-    """Returns how many pages there are to be, with a tenth of `memory` left to temporaries and code.
+def estimated_pages(sizes: Sizes, costs: ModelCosts) -> int:
+    """Returns how many pages there are to be, with a tenth of the memory left to temporaries and code.
 
     Args:
         sizes: its field `pages` is ignored.
-        memory: bytes of each device that sampling may use; None = any.
     """
-    if memory is None or not costs.token_bytes:  # without attention pages have no bytes
+    if sizes.memory is None or not costs.token_bytes:  # without attention pages have no bytes
         return sizes.most_pages
-    held = pages_in(memory, costs, sizes.parts * (sizes.shard_slots + sizes.lanes), sizes.page_size)
+    held = pages_in(sizes.memory, costs, sizes.parts * (sizes.shard_slots + sizes.lanes), sizes.page_size)
     if not reads_pages(costs.cfg, costs.tensor):  # decoding copies the pages of all slots
         held -= sizes.shard_slots * sizes.slot_pages
     return max(sizes.least_pages, min(sizes.most_pages, held))
 
 
+def fitted(programs: SamplerPrograms) -> SamplerPrograms:
+    """Returns `programs` with as many pages as memory holds by the compiler's count; themselves where it is no bound.
+
+    It compiles programs for the count. Those with the fewest pages are returned where no more fit.
+    """
+    sizes = programs.sizes
+    if sizes.memory is None or sizes.pages == sizes.most_pages:
+        return programs
+    fewest = programs.resized(replace(sizes, pages=sizes.least_pages))
+    # Compilers of several processes may talk to each other: all of them count, and the first one's count is taken.
+    counted = counted_pages(fewest, sizes.memory)
+    pages = cluster.from_first(lambda: counted)
+    return fewest if pages == sizes.least_pages else programs.resized(replace(sizes, pages=pages))
+
+
 def counted_pages(programs: SamplerPrograms, memory: float) -> int:
     """Returns how many pages fit in `chips.FILL_FRACTION` of `memory` besides everything that the compiler counts.
 
-    For the count, variants of `programs` with the fewest pages are compiled. The rest of the memory also holds the code
-    of the update.
+    The rest of the memory also holds the code of the update.
+
+    Args:
+        programs: those with the fewest pages, which are compiled for the count.
     """
-    programs = programs.resized(replace(programs.sizes, pages=programs.sizes.least_pages))
     sizes, compiled = programs.sizes, (programs.decode, programs.prefill, programs.fork)
     for program in compiled:
         program.compiled(*program.largest[0])

@@ -48,12 +48,18 @@ class SamplerPrograms:
         weights: the rollout copy of the weights, as abstract arrays.
         batch_sharding: splits arrays over the shards of the batch by their first dimension.
         costs: the costs of the model on this mesh.
+        cfg: the model as it samples, with copies of key and value heads where the mesh needs them.
         sizes: what they are compiled for.
         resized: returns the programs of other sizes.
     """
 
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, eos_ids: tuple[int, ...], dtype: str, sizes: Sizes):
         self.resized = partial(SamplerPrograms, cfg, mesh, eos_ids, dtype)
+        self.cfg = cfg
+        self.mesh = mesh
+        self.eos_ids = eos_ids
+        self.dtype = dtype
+        self.sizes = sizes
         self.batch_sharding = sharding.batch_sharding(mesh)
         # Every process of a team reads the results of all its shards.
         self._status_sharding = sharding.replicated(mesh) if sharding.processes(mesh) > 1 else self.batch_sharding
@@ -67,10 +73,6 @@ class SamplerPrograms:
         self.chunks = shapes.chunk_sizes(sizes, platform)
         self.next_chunk = shapes.next_chunks(self.chunks, self.costs, platform)
         self.weights = _abstract_weights(cfg, mesh, dtype)
-        self._cfg = cfg
-        self._dtype = dtype
-        self._mesh = mesh
-        self.sizes = sizes
         self._eos = np.asarray(eos_ids, np.int32)
         self._shards = sharding.batch_shards(mesh)
         self._replicated = sharding.replicated(mesh)
@@ -115,7 +117,7 @@ class SamplerPrograms:
             "empty",
             jax.jit(self._build_empty, out_shardings=self._state_sharding),
             lambda: (),
-            self._mesh,
+            self.mesh,
             cost=lambda: self.costs.cache_slots(1, pool),
         )
 
@@ -124,11 +126,9 @@ class SamplerPrograms:
         """Prefills a chunk of prompts on each shard; the shape is the tokens of a chunk."""
         return Program(
             "prefill",
-            jax.jit(
-                partial(steps.prefill, self._cfg, self._mesh), donate_argnums=1, out_shardings=self._state_sharding
-            ),
+            jax.jit(partial(steps.prefill, self.cfg, self.mesh), donate_argnums=1, out_shardings=self._state_sharding),
             lambda size: (self.weights, self.state, self._chunk(size)),
-            self._mesh,
+            self.mesh,
             shapes=[(size,) for size in self.chunks],
             cost=self.costs.prefill,
         )
@@ -136,26 +136,26 @@ class SamplerPrograms:
     @cached_property
     def fork(self) -> Program:
         """Starts samples of prefilled prompts."""
-        run = partial(steps.fork, self._mesh, self._eos, self.sizes.parts)
+        run = partial(steps.fork, self.mesh, self._eos, self.sizes.parts)
         return Program(
             "fork",
             jax.jit(run, donate_argnums=0, out_shardings=self._state_sharding),
             lambda: (self.state, self._fork(), _abstract_sampling()),
-            self._mesh,
+            self.mesh,
             cost=lambda: self.costs.cache_slots(2 * WIDTH, self.sizes.page_size),
         )
 
     @cached_property
     def decode(self) -> Program:
         """Draws up to K tokens in each active row; the shape is (rows of a part, window length)."""
-        sizes, run = self.sizes, partial(decoding.decode, self._cfg, self._mesh, self._eos)
+        sizes, run = self.sizes, partial(decoding.decode, self.cfg, self.mesh, self._eos)
         return Program(
             "decode",
             jax.jit(
                 partial(run, steps=sizes.steps_per_dispatch, reads_pages=self.reads_pages),
                 donate_argnums=(1, 2),
                 keep_unused=True,  # unread windows are still arguments: their memory is donated
-                out_shardings=(self._state_sharding, windows.sharding(self._mesh), self._status_sharding),
+                out_shardings=(self._state_sharding, windows.sharding(self.mesh), self._status_sharding),
             ),
             lambda rows, window_length: (
                 self.weights,
@@ -164,7 +164,7 @@ class SamplerPrograms:
                 self._rows(rows, window_length),
                 _abstract_sampling(),
             ),
-            self._mesh,
+            self.mesh,
             shapes=[(rows, length) for rows, lengths in self.window_lengths.items() for length in lengths],
             cost=lambda rows, length: self.costs.decode(rows * sizes.parts, length) * sizes.steps_per_dispatch,
         )
@@ -176,7 +176,7 @@ class SamplerPrograms:
             "harvest",
             jax.jit(steps.harvest, out_shardings=self._replicated),
             lambda: (self.state, jax.ShapeDtypeStruct((WIDTH,), jnp.int32, sharding=self._replicated)),
-            self._mesh,
+            self.mesh,
             cost=lambda: Cost(0, 2 * WIDTH * 8 * self.sizes.max_completion),
         )
 
@@ -184,10 +184,10 @@ class SamplerPrograms:
         """Returns the windows of `decode` of this shape as abstract arrays: none where attention reads pages, or on
         accelerators, whose memory XLA keeps."""
         if self.reads_pages or not self._on_cpu:
-            return (None,) * len(self._cfg.pattern)
+            return (None,) * len(self.cfg.pattern)
         rows *= self.sizes.parts * self._shards
-        page_size, dtype = self.sizes.page_size, jnp.dtype(self._dtype)
-        return windows.abstract(self._cfg, rows, window_length, page_size, dtype, self._mesh)
+        page_size, dtype = self.sizes.page_size, jnp.dtype(self.dtype)
+        return windows.abstract(self.cfg, rows, window_length, page_size, dtype, self.mesh)
 
     def _chunk(self, size: int) -> Chunk:
         lanes, pages = self.sizes.parts * self.sizes.lanes, pages_for(self.sizes.longest_prompt, self.sizes.page_size)

@@ -121,6 +121,10 @@ class Scheduler:
         """Whether requests are submitted and samples drawn here; a process that does not lead calls `follow`."""
         return self.engine.team.leads
 
+    def positions(self, count: int) -> range:
+        """Returns which of `count` prompts this process submits (`Team.positions`)."""
+        return self.engine.team.positions(count)
+
     def follow(self) -> None:
         """Runs whatever the leading process runs, until that process calls `finish`."""
         assert self._state is not None, "`start` comes first"

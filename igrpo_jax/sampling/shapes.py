@@ -44,6 +44,7 @@ class Sizes:
     steps_per_dispatch: int  # decode steps of one call at most (K)
     prefill_chunk: int  # tokens of a shard that are prefilled at once, at most
     parts: int = 1  # of a shard, with slots, lanes and pages of their own: those of `DecoderConfig.row_parts`
+    memory: float | None = None  # bytes of each device that bound the number of pages; None = nothing does
 
     @property
     def lanes(self) -> int:

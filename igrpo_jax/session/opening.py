@@ -26,6 +26,7 @@ from igrpo_jax.distributed.programs import device_bytes, showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.learning.update_metrics import NULLABLE
@@ -45,13 +46,14 @@ from igrpo_jax.outputs.workdir import (
 )
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
+from igrpo_jax.sampling import page_count
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.session import ending, overview, resuming
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 from igrpo_jax.session.run_context import enter_mesh
-from igrpo_jax.session.run_inputs import RunInputs, open_inputs, open_run_engine, origin
+from igrpo_jax.session.run_inputs import RunInputs, open_inputs, open_run_programs, origin
 from igrpo_jax.session.sft import refuse_sft
 
 SEEN_WITHIN = 60.0  # s; NFS remembers for half of it that a folder did not exist
@@ -85,7 +87,7 @@ class _Parts:
 
     inputs: RunInputs
     workdir: Path
-    learner: Learner
+    training: LearnerPrograms
     console: Console
 
 
@@ -93,6 +95,7 @@ class _Beginning(NamedTuple):
     """Where a run begins, and the files that it goes on to write."""
 
     resumed_after: int  # the step whose state it is; 0 is before the first update
+    learner: Learner
     state: TrainState
     progress: Progress
     writer: Writer
@@ -103,10 +106,10 @@ def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib
     config, policy, plan = inputs.config, inputs.policy, inputs.evaluation_plan
     # Making these two checks slots, mesh, the objective's settings and LoRA's targets, before anything is written.
     sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": inputs.total_steps}
-    learner = Learner(config, policy.cfg, inputs.mesh, **sizes)
+    training = LearnerPrograms(config, policy.cfg, inputs.mesh, **sizes)
     memory = cluster.from_first(device_bytes)  # processes of a team need equally many pages
-    memory = memory and memory - learner.resident_bytes
-    engine = open_run_engine(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
+    memory = memory and memory - training.resident_bytes
+    sampler = open_run_programs(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
     resumes, still_ours = _claim(workdir, config, stack, console)
     if not resumes:
         ending.remove_finished(workdir)  # left by a run that this one replaces
@@ -115,20 +118,20 @@ def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib
     is_igrpo = config.algorithm.num_drafts > 0 and config.algorithm.second_stage == "refine"
     title = "iGRPO run" if is_igrpo else "Run"
     with showing_waits(console.waiting):
-        engine.fit_pages()
+        engine = Engine(policy.cfg, inputs.mesh, page_count.fitted(sampler))
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
-    console.table(title, overview.before(config, inputs, engine, learner, workdir))
+    console.table(title, overview.before(config, inputs, engine, training, workdir))
     verifier = stack.enter_context(_verifier(config, workdir, inputs.total_steps, engine.team.count))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
     if latest != inputs.total_steps:
         first = _first_program_shapes(inputs, engine, latest)
         warms_up = latest is None and config.warm_start.steps > 0
-        update = lambda: learner.programs.program_shapes
-        tell = lambda: console.table("Memory", overview.memory(engine, learner))
+        update = lambda: training.program_shapes
+        tell = lambda: console.table("Memory", overview.memory(engine, training))
         stack.enter_context(compiling(first, engine.program_shapes, update, console.phase, tell, warms_up))
     stack.enter_context(showing_waits(console.waiting))
-    parts = _Parts(inputs, workdir, learner, console)
+    parts = _Parts(inputs, workdir, training, console)
     begun = _new_run(parts, stack) if latest is None else _resumed(parts, checkpointer, latest, stack)
     if resumes:
         cluster.from_first(functools.partial(_record_resume, workdir, config))
@@ -136,7 +139,8 @@ def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib
         config=config,
         workdir=workdir,
         inputs=inputs,
-        learner=learner,
+        learner=begun.learner,
+        engine=engine,
         rollout=Rollout(config, inputs.renderer, scheduler, verifier),
         evaluator=Evaluator(config, plan, scheduler, inputs.renderer, verifier, console),
         writer=begun.writer,
@@ -216,10 +220,10 @@ def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: cont
     fit."""
     inputs, workdir, console = parts.inputs, parts.workdir, parts.console
     with console.phase(f"restoring step {latest}"):
-        step, state, meta = checkpointer.restore(parts.learner.programs.state)
+        step, state, meta = checkpointer.restore(parts.training.state)
         _check_data(inputs, workdir, meta["data"])
         resuming.check_not_past_end(inputs.config, inputs.total_steps, workdir, step)
-    _set_fixed_weights(parts)  # which may refuse, so before anything is dropped
+    learner = _learner(parts)  # which may refuse weights, so before anything is dropped
     progress = Progress.from_meta(meta, int(state.skipped))
     # Rows and samples of steps after the checkpoint are dropped here, because those steps are run again.
     writer = stack.enter_context(Writer(workdir, inputs.config, step, NULLABLE))
@@ -229,7 +233,7 @@ def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: cont
     before = meta.get("total_steps", inputs.total_steps)
     if told := resuming.new_schedule(inputs.config, before, inputs.total_steps, step):
         console.message(told)
-    return _Beginning(step, state, progress, writer)
+    return _Beginning(step, learner, state, progress, writer)
 
 
 def _first_program_shapes(inputs: RunInputs, engine: Engine, latest: int | None) -> ProgramShapes:
@@ -269,7 +273,7 @@ def _check_data(inputs: RunInputs, workdir: Path, fingerprint: str) -> None:
 
 
 def _new_run(parts: _Parts, stack: contextlib.ExitStack) -> _Beginning:
-    """Returns what a new run begins with, and gives the learner the weights that stay fixed."""
+    """Returns what a new run begins with."""
     inputs, config = parts.inputs, parts.inputs.config
     writer = stack.enter_context(Writer(parts.workdir, config, nullable=NULLABLE))
     weights.record_first(inputs.policy, parts.workdir)
@@ -278,26 +282,26 @@ def _new_run(parts: _Parts, stack: contextlib.ExitStack) -> _Beginning:
         params = weights.load(inputs.policy, inputs.mesh, config.seed, "float32", parts.console)
         if config.warm_start.steps:
             params = _warm(inputs, params, writer, parts.console)
-    _set_fixed_weights(parts, params)
-    state = parts.learner.init(weights.adapters(config, inputs.policy, inputs.mesh) if lora else params)
-    return _Beginning(0, state, Progress(), writer)
+    learner = _learner(parts, params)
+    state = learner.init(weights.adapters(config, inputs.policy, inputs.mesh) if lora else params)
+    return _Beginning(0, learner, state, Progress(), writer)
 
 
-def _set_fixed_weights(parts: _Parts, params: decoder.Params | None = None) -> None:
-    """Gives the learner the weights that no update changes: those that LoRA adapts, and those of the reference.
+def _learner(parts: _Parts, params: decoder.Params | None = None) -> Learner:
+    """Returns the learner with the weights that no update changes: those that LoRA adapts, and those of the reference.
 
     Args:
         params: the weights that a new run starts from; None to read them from the model's files or workdir/reference.
     """
-    inputs, config, learner = parts.inputs, parts.inputs.config, parts.learner
+    inputs, config = parts.inputs, parts.inputs.config
     first = functools.partial(
         weights.first, config, inputs.policy, parts.workdir, inputs.mesh, console=parts.console, params=params
     )
     lora = config.model.lora.rank > 0
-    if lora:
-        learner.set_frozen(first(config.model.dtype))
+    frozen, reference = first(config.model.dtype) if lora else {}, None
     if config.algorithm.beta > 0:
-        learner.set_reference(weights.adapters(config, inputs.policy, inputs.mesh) if lora else first("float32"))
+        reference = weights.adapters(config, inputs.policy, inputs.mesh) if lora else first("float32")
+    return Learner(parts.training, frozen=frozen, reference=reference)
 
 
 def _warm(inputs: RunInputs, params: decoder.Params, writer: Writer, console: Console) -> decoder.Params:

@@ -10,7 +10,7 @@ from igrpo_jax.distributed import watchdog
 from igrpo_jax.distributed.chips import CHIPS, size
 from igrpo_jax.distributed.programs import device_bytes
 from igrpo_jax.evaluation import planning
-from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.outputs.checkpoint import best_of
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.sampling.engine import Engine
@@ -25,15 +25,15 @@ _RECOMPUTED = {"none": "nothing", "logits": "logits", "dots": "all but matrix pr
 
 
 def before(
-    config: Config, inputs: RunInputs, engine: Engine, learner: Learner, workdir: Path
+    config: Config, inputs: RunInputs, engine: Engine, training: LearnerPrograms, workdir: Path
 ) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before anything is compiled."""
     cfg, mesh = inputs.policy.cfg, inputs.mesh
     tokens = config.trained_completions * config.rollout.max_completion_length
-    shapes = learner.packer.shapes
+    shapes = training.packer.shapes
     sizes = ", ".join(f"{size:,}" for size in shapes.sizes)
     received = engine.sync.received_bytes
-    frozen, trained = learner.programs.frozen, sum(x.size for x in learner.programs.state.params.values())
+    frozen, trained = training.frozen, sum(x.size for x in training.state.params.values())
     return [
         (
             "model",
@@ -127,12 +127,12 @@ def _padding(workdir: Path) -> str:
     return f"about {sum(seen) / len(seen):.0%}, as in the last {len(seen)} steps"
 
 
-def memory(engine: Engine, learner: Learner) -> list[tuple[str, object]]:
+def memory(engine: Engine, training: LearnerPrograms) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed once all programs of the sampler and the update are compiled."""
-    needs, available = predicted_bytes(engine, learner), device_bytes()
+    needs, available = predicted_bytes(engine, training), device_bytes()
     predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
     return [
-        ("recomputed in the backward pass", _RECOMPUTED[learner.programs.remat]),
+        ("recomputed in the backward pass", _RECOMPUTED[training.remat]),
         ("predicted bytes per device", predicted + (f", of {size(available)}" if available else "")),
         *(
             ("does not fit", f"{phase}: lower {watchdog.SMALLER[phase]}, or use more devices")
@@ -142,10 +142,10 @@ def memory(engine: Engine, learner: Learner) -> list[tuple[str, object]]:
     ]
 
 
-def predicted_bytes(engine: Engine, learner: Learner) -> dict[str, int]:
+def predicted_bytes(engine: Engine, training: LearnerPrograms) -> dict[str, int]:
     """Returns the bytes that update and rollout need on each device, as the compiler counts them."""
-    rollout = engine.programs.predicted_bytes + learner.resident_bytes
-    return {"update": learner.programs.predicted_bytes(), "rollout": rollout}
+    rollout = engine.programs.predicted_bytes + training.resident_bytes
+    return {"update": training.predicted_bytes(), "rollout": rollout}
 
 
 def after(

@@ -30,6 +30,7 @@ from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Group
 from igrpo_jax.rewards.failures import VerifierError
+from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.session import ending, overview
 from igrpo_jax.session.progress import Progress, check_finite
 from igrpo_jax.session.run_context import preempted_after, saved_at
@@ -60,6 +61,7 @@ class Run:
     workdir: Path
     inputs: RunInputs
     learner: Learner
+    engine: Engine
     rollout: Rollout
     evaluator: Evaluator
     writer: Writer
@@ -72,7 +74,7 @@ class Run:
     def compile_rest(self) -> None:
         """Compiles the programs of the run that are not compiled yet, which on a CPU are most of them."""
         with self.console.waiting("the programs of later steps"):
-            compile_all([*self.rollout.program_shapes, *self.learner.programs.program_shapes])
+            compile_all([*self.engine.program_shapes, *self.learner.programs.program_shapes])
 
     def report(self, step: int, result: StepResult) -> None:
         """Writes the files of a step, and prints what it did.

@@ -26,8 +26,8 @@ from igrpo_jax.outputs import trackers
 from igrpo_jax.records import Candidate, Prompt
 from igrpo_jax.rewards import custom, judge, verdicts, verifier
 from igrpo_jax.rewards.mathematics import golds
-from igrpo_jax.sampling.configured import open_engine
-from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.sampling.configured import open_programs
+from igrpo_jax.sampling.programs import SamplerPrograms
 
 WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer before a run starts
 
@@ -264,7 +264,7 @@ def check_positions(config: Config, max_positions: int, longest_prompt: int) -> 
         )
 
 
-def open_run_engine(
+def open_run_programs(
     config: Config,
     cfg: DecoderConfig,
     mesh: jax.sharding.Mesh,
@@ -272,14 +272,14 @@ def open_run_engine(
     longest_prompt: int,
     plan: planning.Plan,
     memory: int | None,
-) -> Engine:
-    """Returns the engine of a run, large enough for training and for what is evaluated in it.
+) -> SamplerPrograms:
+    """Returns the sampler's programs of a run, large enough for training and for what is evaluated in it.
 
     Args:
         plan: that of its evaluations.
         memory: bytes of each device that training leaves to sampling; None = any.
     """
-    return open_engine(
+    return open_programs(
         config,
         cfg,
         mesh,

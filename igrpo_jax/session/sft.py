@@ -26,6 +26,7 @@ from igrpo_jax.distributed.programs import peak_memory, showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.learning import supervised
 from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.supervised import Example, ExampleDraft
 from igrpo_jax.learning.train_state import TrainState
 from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
@@ -153,7 +154,8 @@ def _run(inputs: SftInputs, workdir: Path, console: Console, stack: contextlib.E
     """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
     config, total = inputs.config, inputs.total_steps
     made_for = supervised.learner_config(config)
-    learner = Learner(made_for, inputs.policy.cfg, inputs.mesh, longest_prompt=inputs.longest_prompt, total_steps=total)
+    sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": total}
+    programs = LearnerPrograms(made_for, inputs.policy.cfg, inputs.mesh, **sizes)
     cluster.from_first(functools.partial(_check, workdir, config))
     still_ours = stack.enter_context(locked(workdir))
     claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, inputs)))
@@ -169,12 +171,13 @@ def _run(inputs: SftInputs, workdir: Path, console: Console, stack: contextlib.E
         return
     if latest is None:
         weights.record_first(inputs.policy, workdir)
+    frozen = {}
     if config.model.lora.rank:  # other weights are refused before any row is dropped
-        fixed = functools.partial(weights.first, config, inputs.policy, workdir, inputs.mesh, console=console)
-        learner.set_frozen(fixed(config.model.dtype))
+        frozen = weights.first(config, inputs.policy, workdir, inputs.mesh, config.model.dtype, console)
+    learner = Learner(programs, frozen=frozen, reference=None)
     if latest is not None:
         with console.phase(f"restoring step {latest}"):
-            resumed_after, state, meta = store.restore(learner.programs.state)
+            resumed_after, state, meta = store.restore(programs.state)
         resuming.check_not_past_end(config, total, workdir, resumed_after)
         if told := resuming.new_schedule(made_for, meta.get("total_steps", total), total, resumed_after):
             console.message(told)

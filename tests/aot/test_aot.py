@@ -23,6 +23,7 @@ from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
+from igrpo_jax.sampling import page_count
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
 pytestmark = pytest.mark.usefixtures("environment")
@@ -96,14 +97,14 @@ def test_each_program_has_a_line_as_soon_as_it_is_compiled(found, printed):
 @pytest.mark.slow
 def test_the_time_of_gradients_is_that_of_choosing_remat(found):
     """They are compiled then, and not again: that would seem to take no time."""
-    assert found.learner.programs.remat == "none"
+    assert found.learner.remat == "none"
     assert one(found, "accumulate").seconds > 1
 
 
 @pytest.mark.slow
 def test_arguments_are_what_the_parts_say(found):
     """The compiler's bytes, which pad to whole tiles, against shapes and shardings."""
-    state, engine = found.learner.programs.state, found.engine
+    state, engine = found.learner.state, found.engine
     params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
     expected = {
         "apply": 2 * params + moments,  # the gradient too
@@ -116,7 +117,7 @@ def test_arguments_are_what_the_parts_say(found):
 @pytest.mark.slow
 def test_what_waits_beside_a_program(found):
     """The training state while completions are sampled, the moments during a backward pass, and never twice."""
-    state = found.learner.programs.state
+    state = found.learner.state
     params, moments = tree_bytes(state.params), tree_bytes(state.opt_state)
     assert one(found, "accumulate").beside == moments
     assert one(found, "rescore").beside == moments  # no reference: the policy, which is scored, is an argument
@@ -134,9 +135,9 @@ def test_a_reference_waits_too():
     for beta in (0.0, 0.1):
         c = whole_runs.settings(**SETTINGS | {"mesh.tensor": 1, "algorithm.beta": beta})
         cfg = footprint.describe(c.model)
-        learner = footprint.Learner(c, cfg, mesh, longest_prompt=64, total_steps=1)
-        waiting[beta] = learner.programs.waiting_bytes
-    size = tree_bytes(learner.programs.state.params)
+        programs = footprint.LearnerPrograms(c, cfg, mesh, longest_prompt=64, total_steps=1)
+        waiting[beta] = programs.waiting_bytes
+    size = tree_bytes(programs.state.params)
     assert [x - size for x in waiting[0.1]] == list(waiting[0.0])
 
 
@@ -149,10 +150,10 @@ def test_weights_are_gathered_once_for_sampling_and_neither_cache_nor_logits_in_
     # Each call for the embedding takes it whole and fills a piece of its copy.
     in_pieces = [part for part, _ in synced if part.name == "weights embedding"]
     held = sum((part.arguments + part.output) * (1 if part in in_pieces else calls) for part, calls in synced)
-    expected = tree_bytes(found.learner.programs.state.params) + engine.programs.weight_bytes
+    expected = tree_bytes(found.learner.state.params) + engine.programs.weight_bytes
     assert held == pytest.approx(expected, rel=0.15)
     assert [calls for part, calls in synced if part in in_pieces] == [8]
-    state = sum(map(tree_bytes, (found.learner.programs.state.params, found.learner.programs.state.opt_state)))
+    state = sum(map(tree_bytes, (found.learner.state.params, found.learner.state.opt_state)))
     for part, _ in synced:  # its arguments are part of the state, and it holds no copy beside the result
         copy = engine.sync.copy_bytes("embedding") / 4 if part in in_pieces else part.output
         assert "/" not in part.name and (part.name == "weights final_norm" or part.temporaries <= 1.1 * copy)
@@ -204,7 +205,7 @@ def test_a_cache_that_is_too_large(file, monkeypatch, capsys):
 
     def prepare_cheap(c, devices):
         run = prepare(c, devices)
-        sampler, training = run.engine.programs, run.learner.programs
+        sampler, training = run.engine.programs, run.learner
         sampler.harvest.largest = sampler.fork.largest = sampler.decode.largest = []
         training.accumulate.lower = training.rescore.lower = lambda shape: training.apply.lower()
         return run
@@ -257,12 +258,17 @@ def test_a_group_of_two_hosts_is_one_team_of_neighbours(name, spread):
     assert teams.team_mesh(whole, team).size == 8
 
 
-def test_a_team_that_is_a_part_of_the_slice():
+def test_a_team_that_is_a_part_of_the_slice(monkeypatch):
     """libtpu aborts the process where it gets the chips of a team as a part of a larger slice."""
     made = footprint.prepare(whole_runs.settings(**SETTINGS), aot.topology("v5e:4x4"))
     assert made.engine.mesh.size == 4 < made.mesh.size
     assert made.sampler is not made.engine.programs
     assert collectives(made.sampler.fork.compile().as_text(), 4)
+    more = lambda programs: programs.resized(dataclasses.replace(programs.sizes, pages=77))
+    monkeypatch.setattr(page_count, "fitted", more)
+    fitted = footprint.fitted(made)
+    assert fitted.sampler.sizes == fitted.engine.sizes == dataclasses.replace(made.engine.sizes, pages=77)
+    assert fitted.sampler.mesh == made.sampler.mesh and fitted.engine.mesh == made.engine.mesh
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from engines import make_engine
 
 from igrpo_jax import config, evaluate
 from igrpo_jax.data.problems import Row
@@ -24,7 +25,6 @@ from igrpo_jax.outputs.console import Console
 from igrpo_jax.records import Score
 from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.mathematics import grader
-from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
 
 QUESTIONS = ("1+2", "7+5-3", "9", "4-4+8-1", "2+2")
@@ -88,7 +88,7 @@ def policy():
 def schedulers(policy):
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     sizes = {"longest_prompt": 32, "max_completion": LENGTH, "dtype": "float32", "steps_per_dispatch": 4}
-    return {n: Scheduler(Engine(policy.cfg, mesh, policy.eos_ids, slots=n, **sizes)) for n in (8, 3)}
+    return {n: Scheduler(make_engine(policy.cfg, mesh, policy.eos_ids, slots=n, **sizes)) for n in (8, 3)}
 
 
 @pytest.fixture(scope="module")

@@ -152,3 +152,23 @@ def test_completions_without_a_verdict_stay_out():
     assert credit.reward_metrics(groups, chosen) == {"refine/reward_change": 0.0}
     assert credit.reward_metrics([make_group([1, 0], [], kept=None)], chosen) == {}
     assert credit.reward_metrics(groups, settings()) == {}
+
+
+@pytest.mark.parametrize(("metric", "learns"), [(None, [1]), ("reward", [0, 1, 2]), ("format", [0, 2])])
+def test_dynamic_sampling_filters_drafts_by_the_metric_too(metric, learns):
+    """Drafts that are all wrong, or all right, and differ in their format alone carry no loss where accuracy filters.
+
+    The mistake: advantages from the weighted sum of their rewards, which group 0 and group 2 then train on.
+    """
+    # (accuracy, format) of both drafts; the last group has a right and a wrong one with equal sums.
+    rewards = [((0, 1), (0, 0)), ((1, 1), (0, 1)), ((1, 0), (1, 1)), ((1, 0), (0, 1))]
+    groups = [make_group([sum(draft) for draft in drafts], [], kept=None) for drafts in rewards]
+    for group, drafts in zip(groups, rewards, strict=True):
+        for draft, (accuracy, form) in zip(group.drafts, drafts, strict=True):
+            draft.score.rewards.update({"accuracy": float(accuracy), "format": float(form)})
+    expected = [[PAIR, -PAIR], [PAIR, -PAIR], [-PAIR, PAIR], [0, 0]]
+    assert_advantages(credit.advantages(groups, settings()).drafts, expected)
+    left = [own if index in learns else [0, 0] for index, own in enumerate(expected)]
+    filtered = credit.advantages(groups, settings(max_redraws=1, filter_groups_metric=metric))
+    assert_advantages(filtered.drafts, left)
+    assert_advantages(filtered.refinements, [[]] * 4)

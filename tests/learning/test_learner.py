@@ -9,7 +9,6 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,6 @@ from learner_cases import (
     G,
     P,
     assert_close,
-    draft_advantages,
     gradient_of,
     make_groups,
     make_learner,
@@ -54,29 +52,22 @@ def rows_of(groups):
 
 @pytest.fixture(scope="module")
 def build(tiny):
-    """Learners by their settings, each made once. Compiling is what costs: programs that are alike are shared."""
-    made, shared = {}, {}
+    """Learners by their settings, each made once. Compiling is what costs: what is compiled alike is shared."""
+    made, shared = {}, defaultdict(dict)
 
     def call(mesh=None, **changes):
         key = repr((mesh, sorted(changes.items())))
         if key not in made:
-            learner, mesh = made[key] = make_learner(tiny[0], mesh, **changes)
-            loss = {name: x for name, x in changes.items() if name.startswith("algorithm__") and "draft" not in name}
-            loss.pop("algorithm__second_stage", None)  # the same programs, for other rows
-            loss["algorithm__num_iterations"] = learner.optimizer_steps_per_update > 1
-            if loss.get("algorithm__loss_type") in ("grpo", "dr_grpo", "dapo"):  # token weights come from the host
-                del loss["algorithm__loss_type"]
-            optimizer = {name: x for name, x in changes.items() if name.startswith("optimizer__")}
-            alike = repr((mesh, sorted(loss.items()), changes.get("learner__remat", "none")))
+            reference = tiny[1] if changes.get("algorithm__beta") else None
+            learner, mesh = made[key] = make_learner(tiny[0], mesh, reference=reference, **changes)
             programs = learner.programs
-            kept = (mesh, sorted(optimizer.items()), learner.optimizer_steps_per_update, programs.stages)
+            loss = programs.loss_settings(programs.remat)
+            update = programs.config.optimizer, learner.optimizer_steps_per_update, programs.stages
             with jax.set_mesh(mesh):
-                programs.accumulate._compiled = shared.setdefault(("accumulate", alike), {})
-                programs.rescore._compiled = shared.setdefault(("rescore", alike), {})
-                programs.apply._compiled = shared.setdefault(repr(kept), {})
+                programs.accumulate._compiled = shared["accumulate", mesh, loss]
+                programs.rescore._compiled = shared["rescore", mesh, loss.policy]
+                programs.apply._compiled = shared["apply", mesh, update]
                 programs.apply.compiled()
-                if learner.objective.beta:
-                    learner.set_reference(put(tiny[1], mesh))
         return made[key]
 
     return call
@@ -204,7 +195,7 @@ def test_only_completions_carry_loss(base, reference_gradient):
 
 
 @pytest.mark.slow
-def test_metrics(base, score_in_full, tiny):
+def test_metrics_of_an_update_on_policy_are_those_of_the_full_logits(base, score_in_full, tiny):
     mask = layout()[1]
     logprob, entropy = score_in_full(tiny[1])
     sampler = np.concatenate([one.logprobs for _, one in rows_of(make_groups())])
@@ -246,15 +237,11 @@ def test_shared_equals_unshared(build, tiny, base):
 @pytest.mark.slow
 def test_a_hybrid_shared_equals_unshared(hybrid):
     """The states after a context are those that all its completions start from."""
-    states = []
-    for share in (True, False):
-        built = make_learner(hybrid[0], learner__shared_prefix=share, learner__remat="full")
-        state, metrics = updated(built, hybrid[1])
-        states.append(gradient_of(state))
-        states.append(metrics)
-    assert_close(states[0], states[2], 2e-5)
-    assert_same_metrics(states[1], states[3])
-    assert all(np.abs(x).max() > 1e-7 for x in states[0].values())
+    make = lambda share: make_learner(hybrid[0], learner__shared_prefix=share, learner__remat="full")
+    (shared, metrics), (unshared, expected) = (updated(make(share), hybrid[1]) for share in (True, False))
+    assert_close(gradient_of(shared), gradient_of(unshared), 2e-5)
+    assert_same_metrics(metrics, expected)
+    assert all(np.abs(x).max() > 1e-7 for x in gradient_of(shared).values())
 
 
 @pytest.mark.slow
@@ -267,7 +254,7 @@ def test_what_does_not_decay(hybrid):
     assert kept == {"scale", "gated_scale", "x_conv_bias", "b_conv_bias", "c_conv_bias", "dt_bias", "a_log", "skip"}
 
 
-# With the clips of one, GRPO, Dr. GRPO and DAPO differ in the weights of tokens alone, and share their programs here.
+# With the clips of one, GRPO, Dr. GRPO and DAPO differ in the weights of tokens alone.
 OBJECTIVES = {
     **{name: {"algorithm__loss_type": name, "algorithm__epsilon_high": 0.28} for name in ("grpo", "dr_grpo", "dapo")},
     "gspo": {"algorithm__loss_type": "gspo"},
@@ -810,55 +797,7 @@ def test_every_minibatch_has_its_share_of_drafts(build, tiny, monkeypatch):
     assert metrics["draft/kl"] > 0 and np.isfinite(metrics["loss"])
 
 
-@pytest.mark.parametrize(("metric", "learns"), [(None, [1]), ("reward", [0, 1, 2]), ("format", [0, 2])])
-def test_dynamic_sampling_filters_drafts_by_the_metric_too(tiny, monkeypatch, metric, learns):
-    """Drafts that are all wrong, or all right, and differ in their format alone carry no loss where accuracy filters.
-
-    The mistake: advantages from the weighted sum of their rewards, which group 0 and group 2 then train on.
-    """
-    rewards = {  # (accuracy, format) of both drafts; group 3 has a right and a wrong one with equal sums
-        0: ((0, 1), (0, 0)),
-        1: ((1, 1), (0, 1)),
-        2: ((1, 0), (1, 1)),
-        3: ((1, 0), (0, 1)),
-    }
-    groups = []
-    for index, group in enumerate(with_drafts(make_groups())):
-        drafts = []
-        for draft, (accuracy, form) in zip(group.drafts, rewards.get(index, rewards[3]), strict=True):
-            score = Score(float(accuracy + form), {"accuracy": float(accuracy), "format": float(form)}, None, "ok")
-            drafts.append(dataclasses.replace(draft, score=score))
-        groups.append(dataclasses.replace(group, drafts=tuple(drafts)))
-
-    def advantages_of_drafts(**changes):
-        learner, _ = make_learner(tiny[0], **DRAFTED, **changes)
-        units = []
-        step = lambda state, of_step: units.extend(of_step) or (state, defaultdict(float))
-        monkeypatch.setattr(learner, "_optimizer_step", step)
-        learner.update(SimpleNamespace(params=None), groups, ADVANTAGES, 1, draft_advantages(learner, groups))
-        refined = [unit.advantage for unit in units if unit.stage == "refine"]
-        np.testing.assert_array_equal(np.concatenate(refined), ADVANTAGES.reshape(-1))
-        return np.stack([unit.advantage for unit in units if unit.stage == "draft"])
-
-    unit = 0.5 / (np.sqrt(0.5) + 1e-4)  # of rewards that differ by 1
-    expected = np.array([[unit, -unit], [unit, -unit], [-unit, unit]] + [[0, 0]] * 5)
-    np.testing.assert_allclose(advantages_of_drafts(), expected, rtol=1e-6)
-    expected[[index for index in range(3) if index not in learns]] = 0
-    filtered = advantages_of_drafts(algorithm__max_redraws=1, algorithm__filter_groups_metric=metric)
-    np.testing.assert_allclose(filtered, expected, rtol=1e-6)
-
-
 # Steps that go wrong.
-
-
-def test_weights_that_are_missing_are_named(tiny):
-    """The reference of a KL term, and what LoRA adapts."""
-    learner, mesh = make_learner(tiny[0], algorithm__beta=0.1)
-    with jax.set_mesh(mesh), pytest.raises(AssertionError, match="`set_reference` comes first"):
-        learner.update(SimpleNamespace(params={}), make_groups(), ADVANTAGES, 1)
-    learner, _ = make_learner(tiny[0], model__lora__rank=2)
-    with pytest.raises(AssertionError, match="`set_frozen` comes first"):
-        learner.rollout_params({})
 
 
 @pytest.mark.slow

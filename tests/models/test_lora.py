@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import make_engine
 from learner_cases import ADVANTAGES, assert_close, gradient_of, make_groups, make_learner, put, updated
 from model_files import CHATML, save_tokenizer
 from tiny_models import one_device
@@ -16,7 +17,6 @@ from igrpo_jax.distributed.programs import tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.products import as_trained
-from igrpo_jax.sampling.engine import Engine
 
 MESHES = {"one": None, "sharded": config.MeshConfig(data=2, fsdp=2, tensor=2)}
 ON = {"model__lora__rank": 3, "model__lora__alpha": 6.0}
@@ -108,10 +108,9 @@ def test_a_fresh_policy_is_the_base_bit_for_bit(tiny, dtype):
     assert not (a == np.asarray(fresh["blocks/2/mixer/o_proj/lora_a"])).any()
 
 
-def lora_learner(tiny, mesh=None, base=None, **changes):
-    learner, mesh = make_learner(tiny[0], mesh, **ON, **changes)
-    learner.set_frozen(decoder.cast(put(tiny[1], mesh), changes.get("model__dtype", "float32")))
-    return learner, mesh
+def lora_learner(tiny, mesh=None, **changes):
+    frozen = decoder.cast(tiny[1], changes.get("model__dtype", "float32"))
+    return make_learner(tiny[0], mesh, frozen, **ON, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +179,13 @@ def test_a_base_in_bfloat16_is_adapted_too(tiny, chain_rule):
 @pytest.mark.slow
 def test_the_reference_is_the_base(tiny):
     """With B = 0 the policy is its own reference: kl is 0 until the adapters have learned."""
-    learner, mesh = lora_learner(tiny, algorithm__beta=0.1, optimizer__learning_rate=1e-2)
-    settings = config.LoraConfig(rank=3, alpha=6.0)
+    settings, one_device = (
+        config.LoraConfig(rank=3, alpha=6.0),
+        sharding.make_mesh(config.MeshConfig(), jax.devices()[:1]),
+    )
+    fresh = lambda: lora.init(settings, decoder.shapes(tiny[0]), jax.random.key(0), one_device)
+    learner, mesh = lora_learner(tiny, reference=fresh(), algorithm__beta=0.1, optimizer__learning_rate=1e-2)
     with jax.set_mesh(mesh):
-        fresh = lambda: lora.init(settings, decoder.shapes(tiny[0]), jax.random.key(0), mesh)
-        learner.set_reference(fresh())
         state, first = learner.update(learner.init(fresh()), make_groups(), ADVANTAGES, 1)
         state, second = learner.update(state, make_groups(), ADVANTAGES, 2)
     assert first["kl"] == 0 and second["kl"] > 1e-6
@@ -196,7 +197,7 @@ def test_the_reference_is_the_base(tiny):
 def test_the_sampler_draws_from_the_trainers_sum(tiny, mesh):
     """In bfloat16 both round the same sum: the weights are equal bit for bit, and log-probs but for the programs."""
     learner, mesh = lora_learner(tiny, MESHES[mesh], model__dtype="bfloat16")
-    engine = Engine(
+    engine = make_engine(
         tiny[0], mesh, (0,), slots=8, longest_prompt=20, max_completion=18, dtype="bfloat16", steps_per_dispatch=4
     )
     adapters = adapters_like(config.LoraConfig(rank=3, alpha=6.0), tiny[0])

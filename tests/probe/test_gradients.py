@@ -12,7 +12,7 @@ from learner_cases import DEFAULTS, LONGEST_PROMPT, TEMPERATURE, make_learner, p
 from igrpo_jax.config import MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import diagnostics
-from igrpo_jax.learning.learner import Learner
+from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.probe import gradients
@@ -104,6 +104,11 @@ def learner(tiny):
         yield built, put(tiny[1], mesh)
 
 
+def gradients_of(learner, folder):
+    built, params = learner
+    return Gradients(built.programs, params, {}, Console(), folder)
+
+
 def test_units_by_hand(learner):
     """Two of four are right: advantages +- 0.5 / 0.577. The wrong draft is kept in one of four sets."""
     longer = np.arange(1, 9, dtype=np.int32)
@@ -127,7 +132,7 @@ def test_units_by_hand(learner):
 def test_the_same_objective_has_the_cosine_one_and_no_reliance(learner, tmp_path):
     """q' is q, and refinements are the plain answers. A second start reads what is there."""
     cases = [problem(index, {True: None}, kept=[True] * G) for index in range(gradients.FEW + 1)]
-    measured = Gradients(*learner, {}, Console(), tmp_path).measure(cases, gradients.FEW)
+    measured = gradients_of(learner, tmp_path).measure(cases, gradients.FEW)
     assert [len(each.sketches) for each in measured] == [3] * gradients.FEW + [0]
     kinds = {kind: np.stack([each.sketches[kind] for each in measured[:-1]]) for kind in KINDS}
     assert np.all(np.linalg.norm(kinds["plain"], axis=1) > 0)
@@ -139,12 +144,12 @@ def test_the_same_objective_has_the_cosine_one_and_no_reliance(learner, tmp_path
         assert len(each.reliance["wrong"]) == 0
 
     class Never:
-        """A learner that computes nothing."""
+        """Programs that compute nothing."""
 
     again = Gradients(Never(), {}, {}, Console(), tmp_path).measure(cases, gradients.FEW)
     for first, second in zip(measured, again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, first._asdict(), second._asdict())
-    (more,) = Gradients(*learner, {}, Console(), tmp_path).measure(cases[-1:], 1)  # it had reliance alone
+    (more,) = gradients_of(learner, tmp_path).measure(cases[-1:], 1)  # it had reliance alone
     assert set(more.sketches) == set(KINDS)
 
 
@@ -159,8 +164,9 @@ def test_credited_refinements_are_shaped_as_they_are_trained_on(tiny, tmp_path):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     case = problem(0, {False: np.arange(1, 9, dtype=np.int32)}, kept=[False] * G)
     with jax.set_mesh(mesh):
-        built = Learner(learner_config(settings), tiny[0], mesh, longest_prompt=LONGEST_PROMPT, total_steps=1)
-        (each,) = Gradients(built, put(tiny[1], mesh), {}, Console(), tmp_path).measure([case], 1)
+        sizes = {"longest_prompt": LONGEST_PROMPT, "total_steps": 1}
+        programs = LearnerPrograms(learner_config(settings), tiny[0], mesh, **sizes)
+        (each,) = Gradients(programs, put(tiny[1], mesh), {}, Console(), tmp_path).measure([case], 1)
     size, gamma = 0.5 / (np.sqrt(1 / 3) + 1e-4), settings.algorithm.credit_gamma
     assert gamma == 0.1
 
@@ -175,12 +181,12 @@ def test_credited_refinements_are_shaped_as_they_are_trained_on(tiny, tmp_path):
         return total
 
     shaped = lambda logp: jnp.exp(logp) / (jnp.exp(logp) + gamma)
-    gradients_of = lambda *chosen: np.asarray(sketch(jax.jit(jax.grad(functools.partial(loss, *chosen)))(tiny[1])))
-    near = lambda got, expected: np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+    expected = lambda *chosen: np.asarray(sketch(jax.jit(jax.grad(functools.partial(loss, *chosen)))(tiny[1])))
+    near = lambda got, other: np.abs(got - other).max() < 1e-4 * np.abs(other).max()
     right = case.refined[0].completions[:2]
-    assert near(each.sketches["plain"], gradients_of(lambda logp: logp, case.plain))
-    assert near(each.sketches["credited"], gradients_of(shaped, right))
-    credited, unshaped = each.sketches["credited"], gradients_of(lambda logp: logp, right)
+    assert near(each.sketches["plain"], expected(lambda logp: logp, case.plain))
+    assert near(each.sketches["credited"], expected(shaped, right))
+    credited, unshaped = each.sketches["credited"], expected(lambda logp: logp, right)
     assert credited @ unshaped < 0.99 * np.linalg.norm(credited) * np.linalg.norm(unshaped)
 
 
@@ -188,7 +194,7 @@ def test_reliance_by_hand(learner, tmp_path):
     """A draft in the context changes the log-probs, by what a training step would measure of the same group."""
     longer = np.arange(1, 12, dtype=np.int32)
     case = problem(0, {False: longer}, kept=[False] * G)
-    (each,) = Gradients(*learner, {}, Console(), tmp_path).measure([case], 0)
+    (each,) = gradients_of(learner, tmp_path).measure([case], 0)
     built, params = learner
     (part,) = case.refined
     group = Group(case.prompt, (part.draft,), 0, part.context, part.completions)
@@ -202,10 +208,10 @@ def test_reliance_of_several_problems_together_is_that_of_each_alone(learner, tm
     context = lambda start: np.arange(start, start + 11, dtype=np.int32)
     cases = [problem(index, {True: context(1 + index), False: context(20 + index)}) for index in range(5)]
     cases.insert(2, problem(5, {False: context(40)}, answers=0))
-    together = Gradients(*learner, {}, Console(), tmp_path / "together").measure(cases, 0)
+    together = gradients_of(learner, tmp_path / "together").measure(cases, 0)
     built, params = learner
     for number, case in enumerate(cases):
-        (alone,) = Gradients(*learner, {}, Console(), tmp_path / f"{number}").measure([case], 0)
+        (alone,) = gradients_of(learner, tmp_path / f"{number}").measure([case], 0)
         for draft in ("right", "wrong"):
             np.testing.assert_allclose(together[number].reliance[draft], alone.reliance[draft], atol=1e-5)
         for part in case.refined:

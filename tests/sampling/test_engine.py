@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from engines import make_engine
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed.compiling import all_shapes
 from igrpo_jax.distributed.programs import Program, compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read, paged
 from igrpo_jax.models.windows import block_ends
-from igrpo_jax.sampling import engine as sampling_engine
-from igrpo_jax.sampling import page_count, shapes
+from igrpo_jax.sampling import configured, page_count, shapes
 from igrpo_jax.sampling import programs as sampler_programs
+from igrpo_jax.sampling.configured import make_programs
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -65,7 +67,7 @@ def engine(tiny):
     sizes = {"slots": 6, "longest_prompt": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "_hardly_more", lambda work: work)
-        return Engine(tiny[0], one_device(), EOS, **sizes)
+        return make_engine(tiny[0], one_device(), EOS, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def test_prompts_read_in_one_chunk_or_in_several_give_the_same_samples(tiny, att
     """Chunks of 64 cut the prompts anywhere: several are in a chunk, and one goes on in the next two."""
     c = dataclasses.replace(tiny[0], attention=attention)
     sizes = {"slots": 40, "longest_prompt": 110, "max_completion": 32, "dtype": "float32", "steps_per_dispatch": 16}
-    engine, calls = Engine(c, one_device(), EOS, **sizes, prefill_chunk=64), []
+    engine, calls = make_engine(c, one_device(), EOS, **sizes, prefill_chunk=64), []
     prefill = engine.prefill
     engine.prefill = lambda *x: calls.append(x[3][0]) or prefill(*x)
     found = sample(
@@ -212,7 +214,7 @@ def test_pages_read_in_place_give_the_same_samples_as_pages_side_by_side(monkeyp
     host, results = tiny_models.random_params(c), []
     sizes = {"slots": 3, "longest_prompt": 70, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     for attention in ("xla", "splash_interpret", "cudnn"):
-        engine = Engine(dataclasses.replace(c, attention=attention), one_device(), EOS, **sizes, prefill_chunk=64)
+        engine = make_engine(dataclasses.replace(c, attention=attention), one_device(), EOS, **sizes, prefill_chunk=64)
         assert engine.programs.reads_pages == (attention != "xla")
         requests = [Request(prompt(length), length, 3, KEY, 8) for length in (5, 70)]
         results.append(sample(engine, put(host, engine.mesh), requests, Sampling(0.8)))
@@ -262,8 +264,8 @@ def test_windows_lie_where_those_of_the_last_dispatch_lay(engine, params, reques
 @pytest.mark.slow
 def test_where_xla_allocates_windows_samples_are_the_same(engine, params, requests, samples):
     """As on accelerators that have no kernel for pages."""
-    other = Engine(
-        engine.programs._cfg, engine.mesh, EOS, slots=6, longest_prompt=110, max_completion=32, dtype="float32",
+    other = make_engine(
+        engine.programs.cfg, engine.mesh, EOS, slots=6, longest_prompt=110, max_completion=32, dtype="float32",
         steps_per_dispatch=16,
     )  # fmt: skip
     other.programs._on_cpu = False
@@ -280,7 +282,7 @@ def test_memory_of_a_long_prefill_is_that_of_a_chunk(tiny):
     sizes = {"slots": 1, "longest_prompt": 4096, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
 
     def temporaries(chunk):
-        engine = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk)
+        engine = make_engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk)
         return engine.programs.prefill.compiled(chunk).memory_analysis().temp_size_in_bytes
 
     assert temporaries(512) < temporaries(4096) / 3
@@ -290,7 +292,7 @@ def test_memory_of_a_long_prefill_is_that_of_a_chunk(tiny):
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_programs_are_few(tiny, platform):
     """At most 20 on a CPU, and 8 elsewhere, for slots and lengths as of a real run."""
-    engine = Engine(
+    engine = make_engine(
         tiny[0], one_device(), EOS, slots=128, longest_prompt=5200, max_completion=4096, dtype="float32",
         steps_per_dispatch=16, pages=2000,
     )  # fmt: skip
@@ -306,16 +308,16 @@ def test_programs_are_few(tiny, platform):
 def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
     sizes = {"slots": 2, "longest_prompt": 40, "max_completion": 9, "dtype": "float32", "steps_per_dispatch": 4}
     with pytest.raises(InputError, match=r"config.rollout.pages = 4: .* 49 tokens, which need 5 pages of 16"):
-        Engine(tiny[0], one_device(), EOS, **sizes, pages=4)
-    assert Engine(tiny[0], one_device(), EOS, **sizes, pages=5).sizes.pages == 5
+        make_engine(tiny[0], one_device(), EOS, **sizes, pages=4)
+    assert make_engine(tiny[0], one_device(), EOS, **sizes, pages=5).sizes.pages == 5
     with pytest.raises(InputError, match="9 tokens, which need 1 page of 16; set"):
-        sampling_engine._check_pages(SimpleNamespace(pages=0, least_pages=1, length=9, page_size=16))
+        configured._check_pages(SimpleNamespace(pages=0, least_pages=1, length=9, page_size=16))
 
 
 def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
     """A page of 16 tokens takes 16 x 2 x 2 heads x 8 x 4 bytes in each of the two layers, 4,096 bytes in all."""
     sizes = {"slots": 4, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
-    pages = lambda memory: Engine(tiny[0], one_device(), EOS, **sizes, memory=memory).sizes.pages
+    pages = lambda memory: make_engine(tiny[0], one_device(), EOS, **sizes, memory=memory).sizes.pages
     assert pages(None) == pages(1e9) == 4 * 4 + 4  # those of the slots, and a partly filled one of each lane
     weights, copied = 4 * tiny[0].num_params, 4 * 4  # decoding copies the pages of all slots
     assert pages((weights + (copied + 10) * 4096 + 99) / 0.9) == 10
@@ -325,38 +327,42 @@ def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
 def test_pages_fill_what_the_compiler_leaves(tiny):
     """Of all programs together with a page more would not fit; nothing is compiled where memory is no bound."""
     sizes = {"slots": 32, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
-    engine = Engine(tiny[0], one_device(), EOS, **sizes, memory=4 * tiny[0].num_params + 800_000, prefill_chunk=64)
-    estimated = engine.sizes.pages
-    engine.fit_pages()
+    memory = 4 * tiny[0].num_params + 800_000
+    estimated = make_programs(tiny[0], one_device(), EOS, **sizes, memory=memory, prefill_chunk=64)
+    engine = Engine(tiny[0], one_device(), page_count.fitted(estimated))
     pages = engine.sizes.pages
-    assert engine.sizes.least_pages < pages < engine.sizes.most_pages and pages != estimated
-    assert engine.programs.sizes.pages == pages
+    assert engine.sizes.least_pages < pages < engine.sizes.most_pages and pages != estimated.sizes.pages
     engine.compile()
     used = engine.programs.predicted_bytes
     code = sum(len(program.shapes) * program.code_bytes for program in engine.programs)
-    assert 0 <= 0.95 * engine._memory - used - code < 4096
+    assert 0 <= 0.95 * memory - used - code < 4096
     for bounds in ({"pages": 9}, {"memory": 1e9}, {}):
-        engine = Engine(tiny[0], one_device(), EOS, **sizes, **bounds)
-        before = engine.programs
-        engine.fit_pages()
-        assert engine.programs is before and not any(
-            program.is_ready(*shape) for program, shape in engine.program_shapes
-        )
+        programs = make_programs(tiny[0], one_device(), EOS, **sizes, **bounds)
+        assert page_count.fitted(programs) is programs
+        assert not any(program.is_ready(*shape) for program, shape in all_shapes(list(programs)))
+
+
+def test_programs_with_the_fewest_pages_are_not_compiled_again(tiny):
+    """Where no page more fits, they are those that were compiled for the count."""
+    sizes = {"slots": 32, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
+    programs = page_count.fitted(make_programs(tiny[0], one_device(), EOS, **sizes, memory=1e3, prefill_chunk=64))
+    assert programs.sizes.pages == programs.sizes.least_pages
+    assert all(program.is_ready(*program.largest[0]) for program in (programs.decode, programs.prefill, programs.fork))
 
 
 def test_pages_without_bytes_are_bound_by_no_memory(hybrid):
     """A model without attention keeps nothing in pages."""
     cfg = dataclasses.replace(hybrid[0], pattern="M-")
     sizes = {"slots": 4, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
-    engine = Engine(cfg, one_device(), EOS, **sizes, memory=1e3)
-    engine.fit_pages()
-    assert engine.sizes.pages == engine.sizes.most_pages
+    fitted = page_count.fitted(make_programs(cfg, one_device(), EOS, **sizes, memory=1e3)).sizes
+    assert fitted.pages == fitted.most_pages
 
 
 def test_the_code_of_all_programs_leaves_fewer_pages(tiny, monkeypatch):
     sizes = {"slots": 32, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
     memory = 4 * tiny[0].num_params + 900_000
-    programs = Engine(tiny[0], one_device(), EOS, **sizes, memory=memory, prefill_chunk=64).programs
+    programs = make_programs(tiny[0], one_device(), EOS, **sizes, memory=memory, prefill_chunk=64)
+    programs = programs.resized(dataclasses.replace(programs.sizes, pages=programs.sizes.least_pages))
     without, number = page_count.counted_pages(programs, memory), sum(len(program.shapes) for program in programs) - 2
     monkeypatch.setattr(Program, "code_bytes", 4096)  # a page; not that of `empty` and `harvest`
     assert page_count.counted_pages(programs, memory) == without - number > programs.sizes.least_pages
@@ -375,7 +381,7 @@ def test_a_hybrid_samples_as_its_full_forward(hybrid, monkeypatch):
     requests = [Request(prompt(length), length, 8, KEY, LIMIT) for length in (1, 16, 17, 33, 70)]
     full = forward_of(c, params)
     for chunk in (64, 2048):
-        engine, calls = Engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk), []
+        engine, calls = make_engine(c, one_device(), EOS, **sizes, prefill_chunk=chunk), []
         decode, rows = engine.decode, engine.row_bucket
         engine.decode = lambda *x, decode=decode, rows=rows, calls=calls: calls.append(rows(len(x[2][0]))) or decode(*x)
         results.append(sample(engine, params, requests, Sampling(0.8)))
@@ -395,7 +401,7 @@ def test_a_hybrid_on_a_mesh_samples_the_same(hybrid):
     sizes = {"slots": 4, "longest_prompt": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
     requests, results = [Request(prompt(length), length, 4, KEY, 8) for length in (5, 33)], []
     for mesh in (one_device(), sharding.make_mesh(config.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])):
-        engine = Engine(c, mesh, EOS, **sizes)
+        engine = make_engine(c, mesh, EOS, **sizes)
         results.append(sample(engine, put(host, mesh), requests, Sampling(0.8)))
     for key, one in results[0].items():
         np.testing.assert_array_equal(results[1][key].tokens, one.tokens)
@@ -409,7 +415,7 @@ def test_a_model_without_attention_samples_as_its_full_forward(hybrid):
     params = {path: hybrid[1][path] for path in decoder.shapes(c)}
     params, requests = put(params, one_device()), [Request(prompt(length), length, 2, KEY, 8) for length in (3, 40)]
     sizes = {"slots": 2, "longest_prompt": 40, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
-    for one in sample(Engine(c, one_device(), EOS, **sizes), params, requests, Sampling(0.8)).values():
+    for one in sample(make_engine(c, one_device(), EOS, **sizes), params, requests, Sampling(0.8)).values():
         expected = log_softmax(forward_of(c, params)(one) / 0.8)[np.arange(len(one.tokens)), one.tokens]
         np.testing.assert_allclose(one.logprobs, expected, atol=1e-4, rtol=0)
 
@@ -430,12 +436,12 @@ def leaves_its_replica(line):
 def test_decoding_asks_no_other_shard(tiny):
     """No collective at all; with tensor parallelism only within a replica, but for the trip count all agree on."""
     sizes = {"slots": 16, "longest_prompt": 120, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
-    engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=4)), EOS, **sizes)
+    engine = make_engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=4)), EOS, **sizes)
     programs = engine.programs
     assert len(block_ends(128, 16)) > 1
     for program in (programs.decode.compiled(2, 128), programs.prefill.compiled(64), programs.fork.compiled()):
         assert not COLLECTIVES.search(program.as_text())
-    engine = Engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)), EOS, **sizes)
+    engine = make_engine(tiny[0], sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2)), EOS, **sizes)
     found = [
         line for line in engine.programs.decode.compiled(4, 128).as_text().splitlines() if COLLECTIVES.search(line)
     ]
@@ -447,7 +453,7 @@ def test_decoding_asks_no_other_shard(tiny):
 def test_a_decode_step_computes_sines_once_for_all_sublayers(tiny):
     """Once before the loop for the first token, and once in it."""
     sizes = {"slots": 2, "longest_prompt": 8, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
-    decode = Engine(tiny[0], one_device(), EOS, **sizes).programs.decode
+    decode = make_engine(tiny[0], one_device(), EOS, **sizes).programs.decode
     text = decode.compiled(*decode.shapes[-1]).as_text()
     assert tiny[0].pattern.count("*") > 1
     assert text.count(" cosine(") == text.count(" sine(") == 2
@@ -456,24 +462,25 @@ def test_a_decode_step_computes_sines_once_for_all_sublayers(tiny):
 def test_weights_are_cast_and_gathered_once(tiny, monkeypatch):
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     sizes = {"slots": 2, "longest_prompt": 8, "max_completion": 8, "steps_per_dispatch": 4}
-    weights = Engine(tiny[0], mesh, EOS, dtype="bfloat16", **sizes).weights(put(tiny[1], mesh))
+    weights = make_engine(tiny[0], mesh, EOS, dtype="bfloat16", **sizes).weights(put(tiny[1], mesh))
     assert {x.dtype for x in jax.tree.leaves(weights)} == {jnp.dtype(jnp.bfloat16)}
     # [N, H, D] = (4, 8, 32): whole over fsdp, heads over tensor.
     assert weights["blocks/0/mixer/q_proj"].stored.addressable_shards[0].data.shape == (2, 8, 32)
-    engine = Engine(tiny[0], one_device(), EOS, dtype="float32", **sizes)
+    engine = make_engine(tiny[0], one_device(), EOS, dtype="float32", **sizes)
     ready = engine.weights(put(tiny[1], one_device()))
     again = engine.weights(ready)
     assert all(again[path] is ready[path] for path in ready)  # nothing to do: no copy
     monkeypatch.setattr(sampler_programs, "uses_output_major", lambda mesh: False)  # as on an accelerator
     params = put(tiny[1], one_device())
-    same = Engine(tiny[0], one_device(), EOS, dtype="float32", **sizes).weights(params)
+    same = make_engine(tiny[0], one_device(), EOS, dtype="float32", **sizes).weights(params)
     assert all(same[path] is params[path] for path in params)  # nothing to do: no copy
 
 
 def test_slots_must_divide_over_the_mesh(tiny):
     mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
     with pytest.raises(InputError, match=r"config\.rollout\.slots = 6: must be a multiple of .* = 4"):
-        Engine(tiny[0], mesh, EOS, slots=6, longest_prompt=8, max_completion=8, dtype="float32", steps_per_dispatch=4)
+        sizes = {"longest_prompt": 8, "max_completion": 8, "steps_per_dispatch": 4}
+        make_engine(tiny[0], mesh, EOS, slots=6, dtype="float32", **sizes)
 
 
 def greedy_equals_generate(path, prompts, tokens):
@@ -483,7 +490,7 @@ def greedy_equals_generate(path, prompts, tokens):
 
     c, mesh = hf_files.load_config(str(path)), one_device()
     sizes = {"slots": 2, "longest_prompt": max(map(len, prompts)), "max_completion": tokens, "steps_per_dispatch": 16}
-    engine = Engine(c, mesh, (c.vocab_size,), dtype="float32", **sizes)  # no EOS: all tokens are compared
+    engine = make_engine(c, mesh, (c.vocab_size,), dtype="float32", **sizes)  # no EOS: all tokens are compared
     requests = [Request(np.asarray(one, np.int32), i, 1, KEY, tokens) for i, one in enumerate(prompts)]
     ours = sample(engine, hf_read.load_params(str(path), c, mesh), requests, Sampling(0.0))
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_models
+from engines import make_engine
 from tiny_models import one_device
 
 from igrpo_jax import config
@@ -17,7 +18,6 @@ from igrpo_jax.models.config import from_hf
 from igrpo_jax.models.products import as_trained
 from igrpo_jax.models.shapes import SHAPES
 from igrpo_jax.sampling import layout
-from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import stage_key
@@ -79,12 +79,12 @@ def test_tokens_do_not_depend_on_the_layout(name, tensors):
     cfg = MODELS[name]
     host = tiny_models.random_params(cfg)
     # Two slots of a shard: there is one program of decoding for each number of them.
-    alone, params = Engine(cfg, one_device(), EOS, **SIZES | {"slots": 2}), put(host, one_device())
+    alone, params = make_engine(cfg, one_device(), EOS, **SIZES | {"slots": 2}), put(host, one_device())
     expected = [sample(alone, params, sampling) for sampling in SAMPLINGS]
     assert len({tuple(one.tokens) for samples in expected for one in samples.values()}) > 12
     for tensor in tensors:
         sizes = SIZES | {"slots": 2 * 8 // tensor}
-        engine, params = Engine(cfg, training_mesh(), EOS, tensor=tensor, **sizes), put(host, training_mesh())
+        engine, params = make_engine(cfg, training_mesh(), EOS, tensor=tensor, **sizes), put(host, training_mesh())
         assert (engine.mesh.shape["tensor"], engine.shard_slots) == (tensor, 2)
         for sampling, samples in zip(SAMPLINGS, expected, strict=True):
             ours = sample(engine, params, sampling)
@@ -101,10 +101,10 @@ def test_tokens_do_not_depend_on_the_layout(name, tensors):
 def test_tokens_do_not_depend_on_which_device_holds_a_sequence(tensor, parts):
     """Pages are so few that sequences are preempted and begun anew; prompts end within a page, which is copied."""
     host, lengths = tiny_models.random_params(SPLIT), (5, 23)  # of both parts of a group
-    plain = Engine(dataclasses.replace(SPLIT, attention="xla"), one_device(), EOS, **SIZES)
+    plain = make_engine(dataclasses.replace(SPLIT, attention="xla"), one_device(), EOS, **SIZES)
     expected = sample(plain, put(host, one_device()), SAMPLINGS[0], lengths)
     sizes = SIZES | {"slots": 16, "pages": 10, "page_size": 4}
-    engine = Engine(SPLIT, training_mesh(), EOS, tensor=tensor, **sizes)
+    engine = make_engine(SPLIT, training_mesh(), EOS, tensor=tensor, **sizes)
     assert (engine.sizes.parts, engine.shards, engine.shard_slots) == (parts, 8 // tensor * parts, 4)
     pool = engine.programs.state.cache[0]
     assert pool.sharding.shard_shape(pool.shape) == (10, 4, 2, 128)  # keys and values of one head
@@ -120,7 +120,7 @@ def test_tokens_do_not_depend_on_which_device_holds_a_sequence(tensor, parts):
 
 @pytest.mark.slow
 def test_where_sequences_are_split_a_sublayer_has_two_exchanges_of_query_heads():
-    engine = Engine(SPLIT, training_mesh(), EOS, tensor=4, **SIZES)
+    engine = make_engine(SPLIT, training_mesh(), EOS, tensor=4, **SIZES)
     program = engine.programs.decode
     sent = collectives(program.compiled(*program.shapes[-1]).as_text(), 8)
     layers = SPLIT.pattern.count("*")
@@ -134,7 +134,7 @@ def test_a_decode_step_has_one_reduction_of_each_sublayer(name):
     """And one of the embedding, two small exchanges of the draw, and one that says whether any group goes on, before
     the loop too."""
     cfg = MODELS[name]
-    engine = Engine(cfg, training_mesh(), EOS, tensor=4, **SIZES)
+    engine = make_engine(cfg, training_mesh(), EOS, tensor=4, **SIZES)
     program = engine.programs.decode
     sent = collectives(program.compiled(*program.shapes[-1]).as_text(), 8)
     assert sent.keys() == {"all-reduce", "all-gather"}, sent
@@ -146,7 +146,7 @@ def test_a_decode_step_has_one_reduction_of_each_sublayer(name):
 @pytest.mark.slow
 def test_weights_go_to_the_samplers_mesh():
     cfg = MODELS["2 kv heads"]
-    engine = Engine(cfg, training_mesh(), EOS, tensor=8, **SIZES | {"dtype": "bfloat16"})
+    engine = make_engine(cfg, training_mesh(), EOS, tensor=8, **SIZES | {"dtype": "bfloat16"})
     host = tiny_models.random_params(cfg)
     weights = engine.weights(put(host, training_mesh()))
     assert {x.dtype for x in jax.tree.leaves(weights)} == {jax.numpy.dtype("bfloat16")}
@@ -161,7 +161,7 @@ def test_weights_go_to_the_samplers_mesh():
 
 
 def test_what_cannot_be_divided_is_refused():
-    make = lambda cfg, **changes: Engine(cfg, training_mesh(), EOS, **SIZES | changes)
+    make = lambda cfg, **changes: make_engine(cfg, training_mesh(), EOS, **SIZES | changes)
     with pytest.raises(InputError, match=r"config\.rollout\.mesh\.tensor = 3: does not divide the 8 devices"):
         make(MODELS["hybrid"], tensor=3)
     with pytest.raises(InputError, match=r"config\.rollout\.mesh\.tensor = 8: does not divide the model's ffn dim"):
@@ -174,14 +174,14 @@ def test_what_cannot_be_divided_is_refused():
 
 def test_a_group_of_two_slices_is_refused(monkeypatch):
     monkeypatch.setattr(sharding, "_slice", lambda device: device.id // 4)
-    Engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=4, **SIZES)
+    make_engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=4, **SIZES)
     with pytest.raises(InputError, match=r"mesh\.tensor = 8: .* within a slice .*; set it to 1 or 2 or 4"):
-        Engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=8, **SIZES)
+        make_engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=8, **SIZES)
 
 
 def test_on_a_cpu_sampling_has_the_mesh_of_the_training():
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4, tensor=2))
-    engine = Engine(MODELS["2 kv heads"], mesh, EOS, **SIZES)
+    engine = make_engine(MODELS["2 kv heads"], mesh, EOS, **SIZES)
     assert engine.mesh is mesh and (engine.tensor, engine.groups) == (2, 4)
 
 
@@ -239,7 +239,7 @@ def test_the_choice_for_a_hybrid():
 
 
 def test_what_the_table_of_a_run_says_of_the_layout():
-    engine = Engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=4, **SIZES)
+    engine = make_engine(MODELS["2 kv heads"], training_mesh(), EOS, tensor=4, **SIZES)
     assert overview.sampling_layout(engine) == "2 groups of 4 devices (rollout.mesh.tensor), 4 slots each"
     engine.team = teams.Team(processes=(0, 1))
     assert overview.sampling_layout(engine).endswith(

@@ -5,6 +5,7 @@ import functools
 import math
 
 import devices
+import engines
 import jax
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from igrpo_jax.distributed.programs import Program
 from igrpo_jax.errors import InputError
 from igrpo_jax.records import Prompt
 from igrpo_jax.sampling import shapes
-from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.shard import Shard
@@ -33,7 +33,7 @@ def make_engine(c, slots, steps_per_dispatch, mesh, **pages):
     sizes = {"slots": slots, "longest_prompt": 110, "max_completion": 24, "steps_per_dispatch": steps_per_dispatch}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "_hardly_more", lambda work: work)
-        return Engine(c, mesh, EOS, dtype="float32", **sizes, **pages)
+        return engines.make_engine(c, mesh, EOS, dtype="float32", **sizes, **pages)
 
 
 def requests():
@@ -262,7 +262,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(tiny):
     """While most slots run, one chunk is read between two dispatches."""
     never = (tiny[0].vocab_size,)
     sizes = {"slots": 4, "longest_prompt": 200, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
-    engine = Engine(tiny[0], one_device(), never, **sizes, prefill_chunk=64)
+    engine = engines.make_engine(tiny[0], one_device(), never, **sizes, prefill_chunk=64)
     order = []
     for name in ("prefill", "decode"):
         call = getattr(engine, name)
@@ -393,6 +393,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
+from igrpo_jax.sampling.configured import make_programs
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -403,7 +404,7 @@ c, host = given["c"].item(), given["params"].item()
 mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2))
 params = {path: sharding.to_global(x, sharding.param_sharding(mesh, path)) for path, x in host.items()}
 sizes = {"slots": 8, "longest_prompt": 110, "max_completion": 24, "steps_per_dispatch": 16}
-scheduler = Scheduler(Engine(c, mesh, (0, 17, 40), dtype="float32", **sizes))
+scheduler = Scheduler(Engine(c, mesh, make_programs(c, mesh, (0, 17, 40), dtype="float32", **sizes)))
 assert scheduler.engine.slots == 4 and scheduler.engine.mesh.size == 2
 scheduler.start(params, Sampling(0.9, 0.95))
 for tokens, index, samples, limit in given["requests"][int(sys.argv[2]) :: 2]:
