@@ -5,8 +5,9 @@ run, as `peft` loads them.
 --push puts it into a repository of the hub too, with a model card; --out may then be left out. A new repository is
 private, unless --public is given. The token is HF_TOKEN, or that of `hf auth login`.
 
-DTYPE is bfloat16 or float32. Where it is not given, it is bfloat16, unless rounding would lose more than a tenth of
-what LoRA has changed. At the end a line says by how much the logits differ from those of the trained policy.
+DTYPE is bfloat16 or float32. Where it is not given, it is the run's model.dtype; with LoRA bfloat16, unless rounding
+would lose more than a tenth of the change. At the end a line says by how much the logits differ from those of the
+trained policy.
 
 It runs on the CPU, so that it does not disturb a training that uses the accelerator. It needs memory for the policy in
 model.dtype and two copies in DTYPE, because it reads back what it has written and compares the three.
@@ -100,7 +101,7 @@ def export(
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with Console() as console, jax.set_mesh(mesh), tempfile.TemporaryDirectory(prefix="igrpo-export-") as temporary:
         folder = place or Path(temporary, "model")
-        trained = "float32" if "float32" in (config.model.dtype, dtype) else "bfloat16"
+        trained = "float32" if dtype == "float32" else None
         params, step = weights.saved(config, policy, workdir, mesh, console, step, trained)
         if adapter:
             policy.save_adapter(folder, config.model.lora, params)

@@ -32,6 +32,7 @@ from igrpo_jax.models import hf_paths
 from igrpo_jax.models.policy import open_model, open_policy
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
+from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.workdir import LOCK, locked, prepare_workdir
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling import layout
@@ -228,8 +229,8 @@ def test_smollm2_is_evaluated_from_a_bucket(call, folder, bucket):
 @pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.proof), 4])
 def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
-    """A checkpoint of float32 weights, or of LoRA's, and the bfloat16 directory made of it, at temperature 0 and at 1:
-    red where the checkpoint's own weights are asked, which answers drawn at random tell from the rounded ones.
+    """A checkpoint of all weights, or of LoRA's, and the directory made of it (float32, or bfloat16 with LoRA), at
+    temperature 0 and at 1: red where others than the exported weights are asked, which answers drawn at random tell.
     """
     c = configured(**{"model.path": str(model), "model.lora.rank": rank})
     (tmp_path / "run").mkdir()
@@ -250,6 +251,33 @@ def test_a_run_and_its_export_answer_alike(call, model, rank, tmp_path):
             call(evaluate, "--model", tmp_path / name, "--workdir", tmp_path / f"{name} {degrees}", *given, *more)
         assert texts(tmp_path / f"run {degrees}") == texts(tmp_path / f"export {degrees}")
     assert len(set(texts(tmp_path / "run 1"))) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_answers_and_is_exported_with_the_weights_that_it_samples(model, dtype, tmp_path):
+    """All weights of a bfloat16 model, changed by less than bfloat16 resolves; red where all runs are rounded to it."""
+    c = configured(**{"model.path": str(model), "model.dtype": dtype})
+    (tmp_path / "run").mkdir()
+    prepare_workdir(tmp_path / "run", c)
+    policy, mesh = open_policy(c.model), sharding.make_mesh(c.mesh)
+    trained = {path: x * (1 + 1e-4) for path, x in policy.load(mesh, 0).items()}
+    count = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+    with Checkpointer(tmp_path / "run", c.checkpoint) as store:
+        store.save(1, State(trained, count), {}, force=True)
+    rows = {"mine": [Row("0", 0, "1+2", "3", {})]}
+    for computed in ("float32", "bfloat16"):
+        asked = configured(**{"model.path": str(model), "model.dtype": computed})
+        task = inference.open_evaluation(asked, str(tmp_path / "run"), None, rows)
+        for path, x in inference._weights(task, Console()).items():
+            sampled = trained[path].astype(dtype).astype(computed)
+            assert (np.asarray(x.astype(computed)) == np.asarray(sampled)).all(), path
+    for given in (None, "float32", "bfloat16"):
+        export.export(tmp_path / "run", out := tmp_path / f"{given}", dtype=given)
+        assert json.loads((out / "config.json").read_text())["dtype"] == (given or dtype)
+        exported = open_policy(config.ModelConfig(path=str(out))).load(mesh, 0)
+        for path, x in exported.items():
+            assert (np.asarray(x) == np.asarray(trained[path].astype(given or dtype))).all(), path
 
 
 @pytest.mark.parametrize(("changes", "is_kept"), [({}, False), ({"mesh.fsdp": 1, "mesh.data": -1}, True)])

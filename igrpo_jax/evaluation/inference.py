@@ -26,6 +26,7 @@ from igrpo_jax.models.policy import Policy, export_dtype, fit_to_mesh, open_mode
 from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint_reading import saved_step
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.workdir import read_config
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling import page_count
 from igrpo_jax.sampling.configured import open_programs, with_slots_for
@@ -121,12 +122,19 @@ def load(inputs: EvaluationInputs, console: Console, stack: contextlib.ExitStack
     )
     first = engine.first_program_shapes(*inputs.plan.first(config))
     stack.enter_context(compiling(first, engine.program_shapes, None, console.phase, tell))
+    evaluator = Evaluator(config, inputs.plan, scheduler, inputs.renderer, verifier, console)
+    return evaluator, _weights(inputs, console)
+
+
+def _weights(inputs: EvaluationInputs, console: Console) -> decoder.Params:
+    """Reads the weights that answer: of a run those of its export, rounded to the dtype of the evaluation."""
+    config, policy, mesh = inputs.config, inputs.policy, inputs.mesh
     if inputs.run is None:
-        params = weights.load(policy, mesh, config.seed, config.model.dtype, console)
-    else:
-        params, _ = weights.saved(config, policy, inputs.run, mesh, console, inputs.step)
-        params = written(params, export_dtype(params))
-    return Evaluator(config, inputs.plan, scheduler, inputs.renderer, verifier, console), params
+        return weights.load(policy, mesh, config.seed, config.model.dtype, console)
+    dtypes = (read_config(inputs.run).model.dtype, config.model.dtype)
+    dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
+    params, _ = weights.saved(config, policy, inputs.run, mesh, console, inputs.step, dtype)
+    return written(params, export_dtype(params))
 
 
 def _programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> SamplerPrograms:

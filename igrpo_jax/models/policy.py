@@ -136,8 +136,13 @@ class Policy:
 
 
 def export_dtype(params: decoder.Params) -> str:
-    """Returns the dtype in which `params` are exported where none is asked for: bfloat16, or float32 where rounding
-    would lose more than MOST_LOST of LoRA's change."""
+    """Returns the dtype in which `params` are exported where none is asked for.
+
+    It is the dtype that they have. With LoRA it is bfloat16, or float32 where rounding would lose more than MOST_LOST
+    of the change.
+    """
+    if not lora.detach(params)[0]:
+        return str(next(iter(params.values())).dtype)
     return "float32" if lora.lost_by(params, "bfloat16") > MOST_LOST else "bfloat16"
 
 

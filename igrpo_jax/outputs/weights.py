@@ -101,14 +101,14 @@ def saved(
     mesh: jax.sharding.Mesh,
     console: Console,
     step: int | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
 ) -> tuple[decoder.Params, int]:
     """Reads the policy of a checkpoint of the run in `workdir`. The run may be under way.
 
     Args:
         config: the configuration of that run.
         step: the step of the checkpoint; None for the newest.
-        dtype: that of the parameters without LoRA.
+        dtype: that of the parameters without LoRA; None for model.dtype, in which the run samples.
 
     Returns:
         The parameters, and the step of the checkpoint. Those of a LoRA run are adapters in float32 on weights in
@@ -119,7 +119,8 @@ def saved(
     """
     shapes, step = decoder.shapes(policy.cfg), saved_step(workdir, step)
     if not config.model.lora.rank:
-        return read_params(workdir, step, sharding.abstract_params(mesh, shapes, dtype)), step
+        abstract = sharding.abstract_params(mesh, shapes, dtype or config.model.dtype)
+        return read_params(workdir, step, abstract), step
     trained = read_params(
         workdir, step, sharding.abstract_params(mesh, lora.shapes(config.model.lora, shapes), "float32")
     )

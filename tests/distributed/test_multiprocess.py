@@ -222,7 +222,7 @@ def test_four_processes_go_on_from_what_two_saved(four, one):
     exported = [safetensors.numpy.load_file(folder / "export" / "model.safetensors") for folder in (workdir, one)]
     for name, tensor in exported[0].items():
         mine, theirs = (x.astype(np.float32) for x in (tensor, exported[1][name]))
-        np.testing.assert_allclose(mine, theirs, rtol=2**-6, atol=1e-5, err_msg=name)  # in bfloat16
+        np.testing.assert_allclose(mine, theirs, rtol=2**-6, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.proof

@@ -62,7 +62,7 @@ def test_import_export_import_is_the_identity(tmp_path, case):
     save_tokenizer(path, CHATML)
     opened, mesh = open_policy(path), one_device()
     seen = []
-    opened.save(out, opened.load(mesh, 0), seen.append)
+    opened.save(out, opened.load(mesh, 0), seen.append, "bfloat16")
     assert (
         seen[-1] == hf_write.model_bytes(opened.cfg, "bfloat16") == sum(len(x) for _, x, _ in tensors_of(out).values())
     )
@@ -94,7 +94,7 @@ def test_a_nemotron_h_is_written_as_backbone(tmp_path):
     assert "model.embeddings.weight" in tensors_of(path)
     for source, target in ((path, out), (out, again)):
         opened = open_policy(source)
-        opened.save(target, opened.load(one_device(), 0))
+        opened.save(target, opened.load(one_device(), 0, "bfloat16"))
         assert tensors_of(target) == theirs
     logits = []
     for folder in (path, out):
@@ -113,7 +113,7 @@ def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
     (original / "chat_template.jinja").write_text(CHATML)
     (original / "pytorch_model.bin.index.json").write_text("{}")
     opened = open_policy(original)
-    opened.save(out, opened.load(one_device(), 0))
+    opened.save(out, opened.load(one_device(), 0, "bfloat16"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (original / name).read_bytes()
     before, after = (json.loads((path / "config.json").read_text()) for path in (original, out))
@@ -132,7 +132,7 @@ def test_shards_and_their_index(original, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(hf_write, "SHARD", "20KB")
     opened = open_policy(original)
-    opened.save(out, opened.load(one_device(), 0))
+    opened.save(out, opened.load(one_device(), 0, "bfloat16"))
     files = sorted(out.glob("model-*.safetensors"))
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))]
     assert [file.name for file in files] == names
@@ -149,7 +149,7 @@ def test_shards_and_their_index(original, tmp_path, monkeypatch):
 def test_a_sharded_policy_is_exported_as_one(original, tmp_path):
     opened, mesh = open_policy(original), sharding.make_mesh(config.MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        opened.save(tmp_path / "out", opened.load(mesh, 0))
+        opened.save(tmp_path / "out", opened.load(mesh, 0, "bfloat16"))
     assert tensors_of(tmp_path / "out") == tensors_of(original)
 
 
@@ -269,7 +269,7 @@ def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, d
 def test_smollm2_writes_the_same_text_after_an_export(tmp_path):
     path, out = os.environ["IGRPO_SMOLLM2"], tmp_path / "out"
     opened = open_policy(path)
-    opened.save(out, opened.load(one_device(), 0))
+    opened.save(out, opened.load(one_device(), 0, "bfloat16"))
     texts = []
     for folder in (path, out):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
