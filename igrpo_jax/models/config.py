@@ -161,11 +161,15 @@ def _dense(raw: dict, source: str) -> DecoderConfig:
 
 
 def _rope(raw: dict, source: str) -> dict:
-    """Returns the settings of rope: transformers 5 writes rope_parameters, earlier versions rope_scaling."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """Returns the settings of rope: transformers 5 writes rope_parameters, earlier versions rope_scaling.
+
+    Where there are both, as where a scaling was added by hand, transformers reads rope_scaling alone.
+    """
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given = raw.get(key) or {}
     for name, value in given.items():
         fix = "one setting for all layers"
-        refuse(not isinstance(value, dict), source, "rope_parameters", f"{name}: {value}", fix)
+        refuse(not isinstance(value, dict), source, key, f"{name}: {value}", fix)
     _only(raw, source, partial_rotary_factor=1.0)
     _only(given, source, partial_rotary_factor=1.0)
     return {"rope_theta": raw.get("rope_theta"), **given}

@@ -240,6 +240,37 @@ def test_both_spellings_of_llama3_scaling_are_read(copy):
         assert "rope type = 'yarn' is not supported; use default or llama3" in load_error(copy)
 
 
+SMALL_LLAMA3 = LLAMA3 | {"original_max_position_embeddings": 32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": SMALL_LLAMA3},  # the base in rope_parameters counts no more
+        {"rope_scaling": SMALL_LLAMA3 | {"rope_theta": 300.0}},
+        {"rope_scaling": SMALL_LLAMA3, "rope_theta": 700.0},
+        {"rope_scaling": {}, "rope_theta": 700.0},  # takes no place
+    ],
+)
+def test_a_scaling_that_was_added_to_newer_files_counts_as_in_transformers(copy, changes):
+    """By hand, as model cards describe it: beside the rope_parameters that transformers 5 writes."""
+    edit_json(copy / "config.json", **rope(1234.0))
+    before = logits_of(copy, TOKENS)
+    edit_json(copy / "config.json", **changes)
+    model = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    ours = logits_of(copy, TOKENS)
+    np.testing.assert_allclose(ours, logits_of_reference(model, TOKENS), atol=1e-4, rtol=0)
+    assert (np.abs(ours - before).max() > 1e-2) == bool(changes["rope_scaling"])
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
+def test_a_scaling_that_was_added_to_newer_files_is_refused_by_name(copy, kind):
+    edit_json(copy / "config.json", **rope(1234.0))
+    edit_json(copy / "config.json", rope_scaling={"rope_type": kind, "factor": 4.0})
+    assert f"rope type = '{kind}' is not supported; supported is default or llama3" in load_error(copy)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
