@@ -14,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +29,7 @@ from igrpo_jax.config import CheckpointConfig
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.errors import InputError, RunError, both_ends, named, one_line
 from igrpo_jax.outputs.checkpoint_mirror import WRITTEN, Mirror, read_copy
-from igrpo_jax.outputs.checksums import Damaged, check, fingerprint, named_leaves
+from igrpo_jax.outputs.checksums import Damaged, check, fingerprint, is_of_storage, named_leaves
 from igrpo_jax.outputs.workdir import DAMAGED, is_mirrored
 from igrpo_jax.storage.addresses import is_remote, make_folder, names, resolved
 from igrpo_jax.storage.writing import move_tree
@@ -36,6 +37,7 @@ from igrpo_jax.storage.writing import move_tree
 # Seconds that the writing of a checkpoint may take, and one process wait for another in it. Orbax allows 20 minutes,
 # less than the state of a large model needs on a slow file system; `watchdog` reports a save that takes long.
 _LONGEST_SAVE = 6 * 3600
+PAUSE = 2.0  # seconds before a checkpoint that can't be read is read again
 
 
 def best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
@@ -160,8 +162,8 @@ class Checkpointer:
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
         """Returns step, state and meta of the newest checkpoint that is as it was saved.
 
-        Newer checkpoints that are damaged are moved to `workdir/damaged_checkpoints`, with a warning. Where none can be
-        used, all stay where they are.
+        Newer checkpoints that are damaged, also where they are read again, are moved to `workdir/damaged_checkpoints`,
+        with a warning. Where none can be used, all stay where they are.
 
         Args:
             abstract_state: a state with jax.ShapeDtypeStruct leaves. Each array is read straight into the sharding of
@@ -169,7 +171,8 @@ class Checkpointer:
 
         Raises:
             InputError: there is no checkpoint, or the bucket cannot be read.
-            RunError: no checkpoint can be used; or, with several processes, one of them cannot be read.
+            RunError: no checkpoint can be used; the disk or the bucket fails, which says nothing about the checkpoint;
+                or, with several processes, one of them cannot be read.
         """
         self.wait()
         cluster.from_first(lambda: None)  # process 0 is the last to complete a checkpoint
@@ -181,25 +184,47 @@ class Checkpointer:
         for step in steps:
             try:
                 with watchdog.phase("checkpoint", f"reading step {step}"):
-                    state, meta = self._read(step, abstract_state)
+                    state, meta = self._read_twice(step, abstract_state)
                 break
-            except InputError:  # the bucket cannot be read, which says nothing about the checkpoint
+            except (InputError, RunError):  # which say nothing about the checkpoint
                 raise
-            except Exception as error:  # what orbax raises depends on which byte of which file is wrong
+            except Exception as error:
                 failed[step] = named(error)
-                if jax.process_count() > 1 and not isinstance(
-                    error, Damaged
-                ):  # the other processes may have read theirs
-                    raise RunError(
-                        f"{self._path / str(step)}: can't be read ({failed[step]}); move it away, and the same command "
-                        "resumes from the previous checkpoint"
-                    ) from error
         else:
             raise RunError(f"{self._path}: no checkpoint can be read; step {steps[0]}: {failed[steps[0]]}")
         for bad, reason in failed.items():
             self._set_aside(bad)
             logging.warning("checkpoint of step %d skipped, moved to %s: %s", bad, DAMAGED, reason)
         return step, state, meta
+
+    def _read_twice(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """Returns state and meta of a checkpoint, which is read again where the first time fails.
+
+        Raises the second error where both are those of a damaged checkpoint. All processes decide alike: they compare
+        the same checksums, and after any other error of one of them none goes on.
+
+        Raises:
+            RunError: the disk or the bucket failed; or, with several processes, one of them cannot read its part.
+        """
+        errors: list[Exception] = []
+        while True:
+            try:
+                return self._read(step, abstract_state)
+            except InputError:  # the bucket cannot be read
+                raise
+            except Exception as error:  # what orbax raises depends on which byte of which file is wrong
+                errors.append(error)
+                folder, told = self._path / str(step), both_ends(one_line(f"{type(error).__name__}: {error}"))
+                is_seen_by_all = jax.process_count() == 1 or isinstance(error, Damaged)
+                if not is_seen_by_all or (len(errors) > 1 and any(map(is_of_storage, errors))):
+                    raise RunError(
+                        f"{folder}: can't be read ({told}), which need not be damage; nothing was changed: run the "
+                        "same command again, or move the folder away, to resume from the previous checkpoint"
+                    ) from error
+                if len(errors) > 1:
+                    raise
+            logging.warning("%s: can't be read (%s); reading it again in %g s", folder, told, PAUSE)
+            time.sleep(PAUSE)
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         read = functools.partial(self._read_folder, step, abstract_state)

@@ -1,6 +1,8 @@
 """Checksums of the arrays of a tree, by which a checkpoint that is read is compared with what was saved."""
 
+import errno
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +10,28 @@ import jax
 import jax.numpy as jnp
 
 from igrpo_jax.distributed import sharding
+from igrpo_jax.storage.addresses import failures
+
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+# How the errors of tensorstore begin, which are ValueErrors; those of files that are missing, short or changed begin
+# with NOT_FOUND, OUT_OF_RANGE, DATA_LOSS, INVALID_ARGUMENT or FAILED_PRECONDITION.
+_SERVICE = re.compile(
+    "UNAVAILABLE|UNKNOWN|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED|CANCELLED"
+)
 
 
 class Damaged(Exception):
     """A checkpoint does not hold what was saved. The message names the array."""
+
+
+def is_of_storage(error: Exception) -> bool:
+    """Returns whether an error of a read says that the disk or the bucket failed, and not that a file is damaged."""
+    if isinstance(error, failures()):
+        return getattr(error, "errno", None) not in _MISSING and not isinstance(error, FileNotFoundError)
+    number = re.search(r"\bOS error (\d+)", str(error))
+    if number:
+        return int(number[1]) not in _MISSING
+    return bool(_SERVICE.match(str(error)))
 
 
 @functools.cache

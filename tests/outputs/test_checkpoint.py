@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, on any mesh; a killed save is no checkpoint; a folder belongs to one run."""
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -77,6 +78,12 @@ def assert_same_bits(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """A checkpoint that can't be read is read again without a pause."""
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -271,6 +278,52 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
         assert os.listdir(tmp_path / "damaged_checkpoints") == ["2.1"]
         assert store.latest_step() == 1 and store.save(2, states[2], {"step": 2})
         assert store.restore(abstract_on(mesh))[0] == 2
+
+
+PASSING = {
+    "disk": OSError(errno.EIO, "Input/output error"),
+    "files": OSError(errno.EMFILE, "Too many open files"),
+    "nfs": ValueError('UNKNOWN: Error opening "zarr" driver: x [OS error 116: ESTALE Stale file handle]'),
+    "gs": ValueError('UNAVAILABLE: Error reading "x": HTTP response code: 503'),
+}
+
+
+@pytest.mark.parametrize("error", PASSING.values(), ids=PASSING.keys())
+@pytest.mark.parametrize("times", [1, 2, "then damage"])
+def test_an_error_of_the_disk_sets_no_checkpoint_aside(tmp_path, monkeypatch, error, times, caplog):
+    """The first read that fails is made again; red where it moves a sound checkpoint away."""
+    mesh = mesh_of(1, jax.device_count(), 1)
+    state = {"x": jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec()))}
+    abstract = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))}
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        for step in (1, 2):
+            store.save(step, state, {"step": step})
+    second = {1: [], 2: [error], "then damage": [checksums.Damaged("x is not as it was saved")]}[times]
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        read, left = store._manager.restore, [error, *second]
+
+        def failing(step, **given):
+            if left:
+                raise left.pop(0)
+            return read(step, **given)
+
+        monkeypatch.setattr(store._manager, "restore", failing)
+        if times == 1:
+            assert store.restore(abstract)[0] == 2 and "reading it again in 0 s" in caplog.text
+        else:
+            with pytest.raises(
+                RunError, match=r"checkpoints/2: can't be read .*need not be damage; nothing was changed"
+            ):
+                store.restore(abstract)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
+    assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+def test_damage_that_tensorstore_reports_is_none_of_the_disk():
+    missing = ValueError("NOT_FOUND: Error reading [OS error 2: ENOENT No such file or directory]")
+    short = ValueError("OUT_OF_RANGE: Requested byte range [0, 204) is not valid for value of size 50")
+    damage = [missing, short, FileNotFoundError("x"), NotADirectoryError(errno.ENOTDIR, "x"), KeyError("x")]
+    assert not any(map(checksums.is_of_storage, damage))
 
 
 def test_where_none_can_be_used_all_stay(tmp_path):
