@@ -31,6 +31,7 @@ from igrpo_jax.storage.addresses import failures, is_remote, reason, resolved
 from igrpo_jax.storage.reading import kept_in
 from igrpo_jax.storage.writing import upload_folder
 
+SMALLEST_STEP = 1e-30  # in place of 0 in config.json: transformers takes the logarithm where it draws new weights
 SHARD = "5GB"  # the most that one file holds; transformers has the same default
 TOKENIZER = (
     "tokenizer*",
@@ -171,13 +172,17 @@ def copy_tokenizer(path: str, folder: Path, template: str = "") -> None:
 def exported_config(path: str, cfg: DecoderConfig, dtype: str) -> dict[str, Any]:
     """Returns the config.json of an export in `dtype`.
 
-    It is that of the model at `path`, except for the dtype, for references to code, which is not copied, and for
-    embeddings that it ties although `cfg` has a head. The built-in model ("") is exported as a Llama.
+    It is that of the model at `path`, except for the dtype, for references to code, which is not copied, for embeddings
+    that it ties although `cfg` has a head, and for the least time step of Mamba-2, which transformers reads from
+    time_step_min and NVIDIA's code from time_step_limit. The built-in model ("") is exported as a Llama.
     """
     raw = hf_files.config_json(path) if path else _llama(cfg)
     key_of_dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
     if "tie_word_embeddings" in raw:
         raw["tie_word_embeddings"] = cfg.tie_embeddings
+    if cfg.mamba:
+        raw.pop("mamba_dt_min", None)  # another name of time_step_min, which transformers prefers
+        raw["time_step_min"] = cfg.mamba.time_step_limit[0] or SMALLEST_STEP
     return {key: value for key, value in raw.items() if key != "auto_map"} | {key_of_dtype: dtype}
 
 

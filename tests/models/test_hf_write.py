@@ -19,6 +19,7 @@ from hf_models import (
     logits_of_reference,
     torch,
     transformers,
+    unclipped,
 )
 from model_files import CHATML, edit_json, edit_tensors, error_of, is_gone, save_tokenizer, tensors_of
 from tiny_models import one_device
@@ -75,7 +76,7 @@ def test_import_export_import_is_the_identity(tmp_path, case):
     for name, x in opened.load(mesh, 0, "bfloat16").items():
         assert (np.asarray(x) == np.asarray(again[name])).all() and again[name].dtype == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    reread = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).float()
+    reread = unclipped(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).float())
     np.testing.assert_array_equal(
         logits_of_reference(model, TOKENS),
         logits_of_reference(reread, TOKENS),
@@ -100,8 +101,31 @@ def test_a_nemotron_h_is_written_as_backbone(tmp_path):
     for folder in (path, out):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not found["missing_keys"] and not found["unexpected_keys"]
-        logits.append(logits_of_reference(model.float(), TOKENS))
+        logits.append(logits_of_reference(unclipped(model.float()), TOKENS))
     np.testing.assert_array_equal(*logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("least", [0.0, 0.01])
+def test_transformers_clips_the_time_steps_of_an_export_as_training_does(tmp_path, least):
+    """As it is, and not `unclipped`: it clips to time_step_min, which is 0.001 where nothing is written."""
+    path, out = tmp_path / "original", tmp_path / "out"
+    model = family_model(*FAMILIES["hybrid"])
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("dt_bias"):
+                value.copy_(torch.linspace(-9, -4, len(value)))  # time steps of about 0.0001 to 0.02
+    model.save_pretrained(path)
+    edit_json(path / "config.json", time_step_limit=[least, float("inf")], mamba_dt_min=0.001)
+    save_tokenizer(path, None)
+    opened = open_policy(path)
+    assert opened.model.mamba.time_step_limit[0] == least
+    opened.save(out, opened.load(one_device(), 0), dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ours = logits_of(path, TOKENS)
+    np.testing.assert_allclose(ours, logits_of_reference(theirs, TOKENS), atol=1e-4, rtol=0)
+    assert open_policy(out).model == opened.model
+    transformers.AutoModelForCausalLM.from_config(theirs.config)  # draws new weights
 
 
 @pytest.mark.slow
