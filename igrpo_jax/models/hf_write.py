@@ -8,6 +8,7 @@ the local disk and uploaded then, config.json last, without which nothing reads 
 import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -84,9 +85,11 @@ def _naming_refusals(out: Path) -> Iterator[None]:
 
 
 def check_free(out: Path) -> None:
-    """Raises InputError if `out` is a file or holds anything."""
+    """Raises InputError if `out` is a file, holds anything, or is a mount point, which no folder can replace."""
     if addresses.names(out) or (not is_remote(out) and out.exists() and not out.is_dir()):
         raise _out_error(out, "already exists", "give a new folder")
+    if not is_remote(out) and os.path.ismount(resolved(out)):
+        raise _out_error(out, "is a mount point", "give a folder below it")
     check_place(out)
 
 

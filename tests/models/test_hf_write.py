@@ -259,6 +259,20 @@ def test_a_folder_that_can_not_be_used(original, tmp_path):
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "old").exists()
 
 
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """Nothing can be renamed to it, which an export would find out at its end."""
+    (tmp_path / "mounted").mkdir()
+    (tmp_path / "link").symlink_to("mounted")
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(tmp_path / "mounted"))
+    for name in ("mounted", "link"):
+        message = error_of(hf_write.check_free, tmp_path / name)
+        assert message == f"{tmp_path / name}: is a mount point; give a folder below it"
+        with pytest.raises(InputError), hf_write.new_folder(tmp_path / name):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["link", "mounted"] and not os.listdir(tmp_path / "mounted")
+    hf_write.check_free(tmp_path / "mounted" / "below")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["transposed", "cut", "none"])
 def test_what_does_not_read_back_is_no_export(original, tmp_path, monkeypatch, damage):
