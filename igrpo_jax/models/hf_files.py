@@ -93,15 +93,20 @@ def eos_ids(path: str, tokenizer) -> tuple[int, ...]:
     Raises:
         InputError: none of them names one.
     """
-    root = resolve(path)
-    ids = {tokenizer.eos_token_id, _end_of_turn(path, tokenizer)}
-    for name in ("generation_config.json", "config.json"):
-        named = read_json(path, root / name).get("eos_token_id") if (root / name).is_file() else None
-        ids.update(named if isinstance(named, list) else [named])
+    ids = {tokenizer.eos_token_id, _end_of_turn(path, tokenizer), *named_eos_ids(path)}
     ids.discard(None)
     if not ids:
         raise path_error(path, "no end-of-sequence token; set eos_token_id in generation_config.json")
     return tuple(sorted(ids))
+
+
+def named_eos_ids(path: str) -> list[int]:
+    """Returns the ids that generation_config.json and config.json name as ends of a completion, in this order."""
+    root, ids = resolve(path), []
+    for name in ("generation_config.json", "config.json"):
+        named = read_json(path, root / name).get("eos_token_id") if (root / name).is_file() else None
+        ids += named if isinstance(named, list) else [named]
+    return [id for id in ids if id is not None]
 
 
 def _end_of_turn(path: str, tokenizer) -> int | None:

@@ -3,6 +3,7 @@
 `Policy.save` and `Policy.save_adapter` write it back as a Hugging Face directory.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,9 +78,26 @@ class Policy:
         return decoder.cast(decoder.init(self.cfg, jax.random.key(seed), mesh), dtype)
 
     def encode_completion(self, text: str) -> np.ndarray:
-        """Returns the [T] int32 ids of `text`, followed by EOS."""
+        """Returns the [T] int32 ids of `text`, followed by EOS.
+
+        That is the tokenizer's, else the first that the model's files name, else the first of `eos_ids`.
+
+        Raises:
+            InputError: there is none.
+        """
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return np.array([*ids, self.tokenizer.eos_token_id], np.int32)
+        return np.array([*ids, self._end], np.int32)
+
+    @functools.cached_property
+    def _end(self) -> int:
+        own = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
+        named = hf_files.named_eos_ids(self.path) if self.path and not own else []
+        if not (found := [*own, *named, *self.eos_ids]):
+            raise InputError(
+                f"config.model.path = {self.path!r}: no end-of-sequence token; set eos_token_id in "
+                "generation_config.json"
+            )
+        return found[0]
 
     def save(
         self,

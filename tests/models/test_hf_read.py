@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from hf_models import BASE, DENSE, TOKENS, dense_model, logits_of, logits_of_reference, rope, torch, transformers
-from model_files import CHATML, WORDS, edit_json, edit_tensors, error_of, save_tokenizer
+from model_files import CHATML, WORDS, edit_json, edit_tensors, error_of, save_byte_model, save_tokenizer
 from tiny_models import one_device, tiny_config
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder, hf_files, hf_paths, hf_read, hf_tables, hf_tensors, hf_write
 from igrpo_jax.models.config import RopeScaling
+from igrpo_jax.models.policy import open_policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -445,6 +446,27 @@ def test_tokenizers_that_can_not_be_used(copy):
     for name in ("config.json", "generation_config.json"):
         edit_json(copy / name, eos_token_id=...)
     assert "no end-of-sequence token" in error_of(hf_files.eos_ids, str(copy), tokenizer)
+
+
+def test_a_completion_ends_with_an_end_that_the_model_has(tmp_path):
+    """Where the tokenizer has no EOS token, that of generation_config.json, and of several the first."""
+    path = tmp_path / "model"
+    path.mkdir()
+    save_byte_model(path)
+    own = open_policy(config.ModelConfig(path=str(path)))
+    assert own.encode_completion("ab").tolist() == [*own.tokenizer("ab")["input_ids"], own.tokenizer.eos_token_id]
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path / name).exists():
+            edit_json(path / name, eos_token=...)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 3]}))
+    lacking = open_policy(config.ModelConfig(path=str(path)))
+    assert lacking.tokenizer.eos_token_id is None and lacking.eos_ids == (3, 7, 256)
+    assert lacking.encode_completion("ab").tolist() == [*own.tokenizer("ab")["input_ids"], 7]
+    (path / "generation_config.json").unlink()
+    edit_json(path / "config.json", eos_token_id=...)
+    assert "no end-of-sequence token; set eos_token_id" in error_of(
+        dataclasses.replace(lacking, eos_ids=()).encode_completion, "ab"
+    )
 
 
 def test_a_sentencepiece_tokenizer(copy, tmp_path):
