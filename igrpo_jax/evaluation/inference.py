@@ -66,11 +66,13 @@ def open_evaluation(
     Raises:
         InputError: no such model or checkpoint; problems longer than its positions; a mesh that does not divide it.
     """
-    run, step = checkpoint_of(model, step)
+    asked = step
+    run, step = checkpoint_of(model, asked)
     config, policy, renderer = open_model(config, recorded_date)
     plan = make_plan(config, rows, renderer, policy.cfg.max_position_embeddings)
     mesh = sharding.make_mesh(config.mesh)
-    policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
+    run, step = checkpoint_of(model, asked)  # again: the run may have removed the one that was the newest
+    policy = replace(policy, model=fit_to_mesh(config, policy.cfg, mesh))
     read = {"problems": plan.fingerprint, "weights of the model": "" if run else policy.fingerprint}
     cluster.check_same({"config": to_dict(config), "model": model, "step": step, **read})
     return EvaluationInputs(config, policy, renderer, plan, mesh, run, step, *identity(model, run, step))

@@ -16,6 +16,10 @@ from igrpo_jax.storage.addresses import resolved
 _READ_AT_ONCE = 2 << 30  # bytes of parameters, over all devices, that `read_params` reads and checks at a time
 
 
+class Removed(InputError):
+    """A run has removed a checkpoint since it was chosen, because there are newer ones."""
+
+
 def saved_step(workdir: Path, step: int | None = None) -> int:
     """Returns `step` where the run in `workdir` has a checkpoint of it, and its newest step where `step` is None.
 
@@ -41,6 +45,7 @@ def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStru
     """Reads the parameters of a run's checkpoint, and nothing else, in the shardings and dtypes of `abstract`.
 
     Raises:
+        Removed: the run has removed the checkpoint meanwhile.
         InputError: the checkpoint is damaged, or cannot be read.
     """
     path = _folder(workdir)
@@ -49,9 +54,14 @@ def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStru
             copy = copy_for_readers(path)
             return read_copy(path, step, READ, lambda: _read(copy, step, abstract))
         return _read(path, step, abstract)
-    except InputError:  # the bucket cannot be read, which says nothing about the checkpoint
-        raise
     except Exception as error:  # what orbax raises depends on which byte of which file is wrong
+        if not (path / str(step)).is_dir():
+            raise Removed(
+                f"{workdir}: its checkpoint of step {step} was removed in the meantime (checkpoint.keep); give a newer "
+                "--step, or leave it out"
+            ) from error
+        if isinstance(error, InputError):  # the bucket cannot be read, which says nothing about the checkpoint
+            raise
         raise InputError(
             f"{workdir}: its checkpoint of step {step} can't be used ({named(error)}); give another --step"
         ) from error

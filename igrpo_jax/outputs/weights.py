@@ -11,7 +11,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, lora
 from igrpo_jax.models.policy import Policy
 from igrpo_jax.outputs.checkpoint import Checkpointer
-from igrpo_jax.outputs.checkpoint_reading import read_params, saved_step
+from igrpo_jax.outputs.checkpoint_reading import Removed, read_params, saved_step
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically, writing
 from igrpo_jax.storage.addresses import make_folder, names
@@ -107,7 +107,7 @@ def saved(
 
     Args:
         config: the configuration of that run.
-        step: the step of the checkpoint; None for the newest.
+        step: the step of the checkpoint; None for the newest, also where the run replaces it while it is read.
         dtype: that of the parameters without LoRA; None for model.dtype, in which the run samples.
 
     Returns:
@@ -117,12 +117,25 @@ def saved(
     Raises:
         InputError: there is no such checkpoint.
     """
-    shapes, step = decoder.shapes(policy.cfg), saved_step(workdir, step)
+    shapes = decoder.shapes(policy.cfg)
     if not config.model.lora.rank:
-        abstract = sharding.abstract_params(mesh, shapes, dtype or config.model.dtype)
-        return read_params(workdir, step, abstract), step
-    trained = read_params(
-        workdir, step, sharding.abstract_params(mesh, lora.shapes(config.model.lora, shapes), "float32")
-    )
+        return _read(workdir, step, sharding.abstract_params(mesh, shapes, dtype or config.model.dtype))
+    adapted = sharding.abstract_params(mesh, lora.shapes(config.model.lora, shapes), "float32")
+    trained, step = _read(workdir, step, adapted)
     frozen = first(config, policy, workdir, mesh, config.model.dtype, console)
     return lora.attach(frozen, trained, config.model.lora.scaling), step
+
+
+def _read(
+    workdir: Path, step: int | None, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, jax.Array], int]:
+    """Returns the parameters of a checkpoint and its step, the newest where `step` is None."""
+    removed: set[int] = set()
+    while True:
+        chosen = cluster.from_first(lambda: saved_step(workdir, step))
+        try:
+            return read_params(workdir, chosen, abstract), chosen
+        except Removed:
+            if step is not None or chosen in removed:
+                raise
+            removed.add(chosen)

@@ -18,7 +18,7 @@ from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.outputs import checkpoint, checkpoint_reading, checksums
+from igrpo_jax.outputs import checkpoint, checkpoint_reading, checksums, weights
 
 
 class State(NamedTuple):
@@ -231,6 +231,28 @@ def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
     for name, value in state.params.items():
         np.testing.assert_array_equal(params[name], value)
         assert params[name].sharding == abstract[name].sharding
+
+
+def test_a_step_that_the_run_removes_while_it_is_read(tmp_path, monkeypatch):
+    """Without a step the newest is taken then; the step that was asked for is said to be gone."""
+    where = NamedSharding(mesh_of(1, 1, 1), PartitionSpec())
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        store.save(1, State({"x": jax.device_put(jnp.ones(8), where)}, (), jax.device_put(jnp.int32(1), where)), {})
+    read, folder = checkpoint_reading._read, tmp_path / "checkpoints"
+
+    def replaced(of, step, abstract):
+        """The run writes a newer step, and removes this one; the first time alone."""
+        monkeypatch.setattr(checkpoint_reading, "_read", read)
+        (folder / str(step)).rename(folder / str(step + 1))
+        return read(of, step, abstract)
+
+    abstract = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=where)}
+    monkeypatch.setattr(checkpoint_reading, "_read", replaced)
+    params, step = weights._read(tmp_path, None, abstract)
+    assert step == 2 and (np.asarray(params["x"]) == 1).all()
+    monkeypatch.setattr(checkpoint_reading, "_read", replaced)
+    with pytest.raises(InputError, match=r"step 2 was removed in the meantime .checkpoint.keep.; give a newer --step"):
+        weights._read(tmp_path, 2, abstract)
 
 
 def flipped(path):
