@@ -101,6 +101,7 @@ def evaluate(config: Config, model: str | Path, out: str | Path, step: int | Non
             "model": inputs.name,
             "step": inputs.step,
             "weights_written": inputs.weights_written,
+            **inputs.policy.prompt_hashes,
             **results.settings(inputs.config, inputs.plan.max_new_tokens),
         }
         stack.enter_context(results.held(out, settings))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
+from model_files import save_byte_model
 from processes import Started, ended, free_port
 
 import igrpo_jax
@@ -535,6 +536,50 @@ def dated_model(model, tmp_path):
     template = "{{ strftime_now('%d') }}{{ mark }}" + arithmetic.CHAT_TEMPLATE
     (path / "chat_template.jinja").write_text(template)
     return path
+
+
+@pytest.fixture
+def byte_model(tmp_path):
+    """A tiny Llama with a tokenizer of bytes, whose files a test may change."""
+    path = tmp_path / "bytes"
+    path.mkdir()
+    save_byte_model(path)
+    return path
+
+
+def other_template(path):
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}: ")
+
+
+def other_tokenizer(path):
+    (path / "tokenizer.json").write_text((path / "tokenizer.json").read_text() + "\n")
+
+
+CHANGES = {"chat template": other_template, "tokenizer": other_tokenizer}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_evaluation_is_not_resumed_with_other_prompts(call, byte_model, folder, tmp_path, monkeypatch, what):
+    """Questions and weights are the same. Each command ends where it would read the weights."""
+
+    def load(*_):
+        raise InputError("this far")
+
+    monkeypatch.setattr(inference, "load", load)
+    given = ["--model", byte_model, "--benchmarks=mine", f"--config.evaluation.data_dir={folder}"]
+    given += ["--workdir", tmp_path / "out"]
+    for _ in range(2):
+        assert "this far" in call(evaluate, *given, code=2)
+    CHANGES[what](byte_model)
+    said = call(evaluate, *given, code=2)
+    told = f"{what.replace(' ', '_')}: the {what} of the model differs from that of the earlier evaluation"
+    assert f"holds an evaluation of another kind ({told}); give another --workdir, or the old values" in said
+    head = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    head.pop("chat_template"), head.pop("tokenizer")  # as an older version wrote it
+    (tmp_path / "out" / "evaluation.json").write_text(json.dumps(head))
+    assert "this far" in call(evaluate, *given, code=2)
+    assert "tokenizer" in json.loads((tmp_path / "out" / "evaluation.json").read_text())
 
 
 @pytest.mark.slow

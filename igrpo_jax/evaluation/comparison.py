@@ -16,7 +16,8 @@ from igrpo_jax.evaluation import measures
 from igrpo_jax.evaluation.results import benchmark_of, read_rows
 from igrpo_jax.evaluation.summary_tables import percent
 
-MODEL = ("model", "step", "weights_written")  # the settings of evaluation.json that say which weights answered
+# The settings of evaluation.json that say which model answered.
+MODEL = ("model", "step", "weights_written", "chat_template", "tokenizer")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ from igrpo_jax.storage.addresses import failures, make_folder, names
 from igrpo_jax.storage.reading import read_bytes
 from igrpo_jax.storage.writing import Lines
 
+# What evaluation.json has hashes of (`Policy.prompt_hashes`), and what is said where they differ.
+CHANGED = {
+    "chat_template": "the chat template of the model differs from that of the earlier evaluation",
+    "tokenizer": "the tokenizer of the model differs from that of the earlier evaluation",
+}
+
 Key = tuple[int, tuple[int, ...], int]  # problem, drafts on the way to the sample's prompt, number of the sample
 
 
@@ -234,7 +240,8 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
         if path.name in present:
             old = json.loads(read_bytes(path))
             # Older versions did not write these. `pinning.dated` has asked for a day that was not recorded.
-            old = {"system_prompt": "", "template_kwargs": {}, "template_date": settings.get("template_date")} | old
+            old = {name: settings.get(name) for name in ("template_date", *CHANGED)} | old
+            old = {"system_prompt": "", "template_kwargs": {}} | old
             differing = [name for name in settings if old.get(name) != settings[name]]
             if differing:
                 changed = ", ".join(_difference(name, old, settings) for name in differing)
@@ -253,6 +260,8 @@ def _difference(name: str, old: dict[str, Any], settings: dict[str, Any]) -> str
     if name == "data":
         source = settings["data.train"] or "the built-in task"
         return f"data: the prompts or answers of {source} differ from those of the earlier evaluation"
+    if name in CHANGED:
+        return f"{name}: {CHANGED[name]}"
     changed = f"{name}: {old.get(name)!r} -> {settings[name]!r}"
     if name == "weights_written" and ":" in str(old.get(name)) and ":" not in settings[name]:
         changed += (

@@ -3,6 +3,7 @@
 Not here: where the directory is (`hf_paths`), and the weights (`hf_read`).
 """
 
+import hashlib
 from dataclasses import replace
 
 from absl import logging
@@ -83,6 +84,16 @@ def load_tokenizer(path: str):
         return kind.from_pretrained(str(root), trust_remote_code=False)
     except Exception as error:  # whatever a broken file makes the many tokenizer classes raise
         raise path_error(path, f"the tokenizer can't be read ({first_line(error)}); {fix}") from error
+
+
+def tokenizer_fingerprint(path: str) -> str:
+    """Returns a hash of the files that hold the vocabulary of the tokenizer at `path`."""
+    root, digest = resolve(path), hashlib.sha256()
+    # Where there is a tokenizer.json, `load_tokenizer` reads no other vocabulary.
+    own = [root / "tokenizer.json"] if (root / "tokenizer.json").is_file() else []
+    for file in own or sorted({file for pattern in (*VOCABULARIES, "merges.txt") for file in root.glob(pattern)}):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def eos_ids(path: str, tokenizer) -> tuple[int, ...]:

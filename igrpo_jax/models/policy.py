@@ -4,6 +4,7 @@
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +66,17 @@ class Policy:
     def fingerprint(self) -> str:
         """A hash of the files of the weights (`hf_read.weights_fingerprint`); "" for the built-in model."""
         return hf_read.weights_fingerprint(self.path) if self.path else ""
+
+    @property
+    def prompt_hashes(self) -> dict[str, str]:
+        """Hashes of the files' chat template and tokenizer, which make tokens of a prompt; {} for the built-in model.
+
+        Values of the template's variables don't count: `data` has them.
+        """
+        if not self.path:
+            return {}
+        template = hashlib.sha256(pinning.template_of(self.tokenizer).encode()).hexdigest()
+        return {"chat_template": template, "tokenizer": hf_files.tokenizer_fingerprint(self.path)}
 
     def load(
         self, mesh: jax.sharding.Mesh, seed: int, dtype: str = "float32", report: Report = lambda bytes_done: None
