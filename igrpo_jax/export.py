@@ -72,8 +72,9 @@ def export(
         private: whether that is made private, if it is new.
 
     Raises:
-        InputError: no such run or checkpoint; `out` is neither new nor empty; `adapter` without LoRA, with `dtype`, or
-            for the built-in model; a repository that may not be written to.
+        InputError: no such run or checkpoint; a chat template or tokenizer that the run did not begin with; `out` is
+            neither new nor empty; `adapter` without LoRA, with `dtype`, or for the built-in model; a repository that
+            may not be written to.
         RunError: the hub can't be reached.
     """
     workdir = path_of(f"--workdir {workdir}", workdir)
@@ -97,6 +98,7 @@ def export(
         except InputError as error:
             raise InputError(f"--out {error}") from error
     policy = open_policy(config.model, config.data)
+    weights.check_tokenizer(policy, workdir)
     repository = hub.open_repository(push, "--push", config, private) if push else None
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with Console() as console, jax.set_mesh(mesh), tempfile.TemporaryDirectory(prefix="igrpo-export-") as temporary:

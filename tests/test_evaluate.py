@@ -583,6 +583,33 @@ def test_an_evaluation_is_not_resumed_with_other_prompts(call, byte_model, folde
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_is_not_exported_or_asked_with_other_prompts(call, byte_model, folder, tmp_path, monkeypatch, what):
+    """The tokenizer and its template are read from the model's own files again. A run of before goes on."""
+    c = configured(**{"model.path": str(byte_model)})
+    workdir, mesh = tmp_path / "run", sharding.make_mesh(c.mesh)
+    workdir.mkdir()
+    prepare_workdir(workdir, c)
+    policy = open_policy(c.model)
+    weights.record_first(policy, workdir)
+    with Checkpointer(workdir, c.checkpoint) as store:
+        count = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
+        store.save(1, State(policy.load(mesh, 0), count), {}, force=True)
+    export.export(workdir, tmp_path / "before")
+    CHANGES[what](byte_model)
+    told = f"config.model.path = '{byte_model}': the {what} differs from the one that the run in {workdir} started with"
+    with pytest.raises(InputError, match=re.escape(told)):
+        export.export(workdir, tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+    asked = ["--benchmarks=mine", f"--config.evaluation.data_dir={folder}", "--workdir", tmp_path / "out"]
+    assert told in call(evaluate, "--model", workdir, *asked, code=2) and not (tmp_path / "out").exists()
+    assert told in call(generate, "--model", workdir, "--prompt=1+2", code=2)
+    record = json.loads((workdir / weights.FIRST).read_text())
+    (workdir / weights.FIRST).write_text(json.dumps({name: record[name] for name in ("path", "fingerprint")}))
+    export.export(workdir, tmp_path / "after")
+
+
+@pytest.mark.slow
 def test_an_evaluation_keeps_the_day_of_its_chat_template(call, dated_model, folder, tmp_path, monkeypatch):
     """It was continued on the next day with other prompts. Here each command ends where it would read the weights."""
     opened = []

@@ -64,11 +64,14 @@ def open_evaluation(
         recorded_date: the day that a resumed evaluation has recorded for its chat template; None = a new evaluation.
 
     Raises:
-        InputError: no such model or checkpoint; problems longer than its positions; a mesh that does not divide it.
+        InputError: no such model or checkpoint; a chat template or tokenizer that the run did not begin with; problems
+            that don't fit the context; a mesh that doesn't divide the model.
     """
     asked = step
     run, step = checkpoint_of(model, asked)
     config, policy, renderer = open_model(config, recorded_date)
+    if run:
+        weights.check_tokenizer(policy, run)
     plan = make_plan(config, rows, renderer, policy.cfg.max_position_embeddings)
     mesh = sharding.make_mesh(config.mesh)
     run, step = checkpoint_of(model, asked)  # again: the run may have removed the one that was the newest

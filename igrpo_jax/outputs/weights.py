@@ -17,7 +17,7 @@ from igrpo_jax.outputs.files import write_atomically, writing
 from igrpo_jax.storage.addresses import make_folder, names
 from igrpo_jax.storage.reading import read_bytes
 
-FIRST = Path("reference", "weights.json")  # file in a workdir: the fingerprint of the weights that its run began with
+FIRST = Path("reference", "weights.json")  # file in a workdir: hashes of the model's files that its run began with
 
 
 def load(policy: Policy, mesh: jax.sharding.Mesh, seed: int, dtype: str, console: Console) -> decoder.Params:
@@ -33,9 +33,10 @@ def load(policy: Policy, mesh: jax.sharding.Mesh, seed: int, dtype: str, console
 
 
 def record_first(policy: Policy, workdir: Path) -> None:
-    """Writes the fingerprint of the weights that a new run in `workdir` begins with, for `first` to compare.
+    """Writes hashes of the weights, chat template and tokenizer that a new run in `workdir` begins with.
 
-    The built-in model has none, because `first` keeps its weights themselves.
+    `first` and `check_tokenizer` compare them. The built-in model has none, because `first` keeps its weights
+    themselves.
 
     Raises:
         RunError: the file cannot be written.
@@ -43,19 +44,37 @@ def record_first(policy: Policy, workdir: Path) -> None:
     if policy.path and jax.process_index() == 0:
         with writing(file := workdir / FIRST):
             make_folder(file.parent)
-        write_atomically(file, json.dumps({"path": policy.path, "fingerprint": policy.fingerprint}) + "\n")
+        record = {"path": policy.path, "fingerprint": policy.fingerprint, **policy.prompt_hashes}
+        write_atomically(file, json.dumps(record) + "\n")
 
 
 def _check_first(policy: Policy, workdir: Path) -> None:
     """Raises InputError if the files of the policy hold other weights than those that the run began with."""
-    file = workdir / FIRST
-    recorded = cluster.from_first(lambda: json.loads(read_bytes(file)) if file.name in names(file.parent) else {})
-    if recorded.get("fingerprint", policy.fingerprint) != policy.fingerprint:  # runs of older versions have no record
+    if _recorded(workdir).get("fingerprint", policy.fingerprint) != policy.fingerprint:
         raise InputError(
             f"config.model.path = {policy.path!r}: the weights differ from those that the run in {workdir} started "
             "with, which LoRA and algorithm.beta need; restore them (for a hub id: the same revision) or use another "
             "--workdir"
         )
+
+
+def check_tokenizer(policy: Policy, workdir: Path) -> None:
+    """Raises InputError if the policy's chat template or tokenizer is not the one that the run began with."""
+    recorded = _recorded(workdir)
+    for name, value in policy.prompt_hashes.items():
+        if recorded.get(name, value) != value:
+            what = name.replace("_", " ")
+            raise InputError(
+                f"config.model.path = {policy.path!r}: the {what} differs from the one that the run in {workdir} "
+                "started with, so it would get other prompts than those that it was trained on; restore it (for a hub "
+                "id: the same revision)"
+            )
+
+
+def _recorded(workdir: Path) -> dict[str, str]:
+    """Returns what `record_first` has written; runs of older versions lack some of it, or all."""
+    file = workdir / FIRST
+    return cluster.from_first(lambda: json.loads(read_bytes(file)) if file.name in names(file.parent) else {})
 
 
 def first(
