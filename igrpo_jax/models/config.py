@@ -170,8 +170,9 @@ def _rope(raw: dict, source: str) -> dict:
     for name, value in given.items():
         fix = "one setting for all layers"
         refuse(not isinstance(value, dict), source, key, f"{name}: {value}", fix)
-    _only(raw, source, partial_rotary_factor=1.0)
-    _only(given, source, partial_rotary_factor=1.0)
+    for settings in (raw, given):
+        if settings.get("partial_rotary_factor") is not None:
+            _only(settings, source, partial_rotary_factor=1.0)
     return {"rope_theta": raw.get("rope_theta"), **given}
 
 

@@ -180,13 +180,13 @@ def exported_config(path: str, cfg: DecoderConfig, dtype: str) -> dict[str, Any]
     time_step_min and NVIDIA's code from time_step_limit. The built-in model ("") is exported as a Llama.
     """
     raw = hf_files.config_json(path) if path else _llama(cfg)
-    key_of_dtype = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    keys_of_dtype = [key for key in ("dtype", "torch_dtype") if key in raw] or ["dtype"]
     if "tie_word_embeddings" in raw:
         raw["tie_word_embeddings"] = cfg.tie_embeddings
     if cfg.mamba:
         raw.pop("mamba_dt_min", None)  # another name of time_step_min, which transformers prefers
         raw["time_step_min"] = cfg.mamba.time_step_limit[0] or SMALLEST_STEP
-    return {key: value for key, value in raw.items() if key != "auto_map"} | {key_of_dtype: dtype}
+    return {key: value for key, value in raw.items() if key != "auto_map"} | dict.fromkeys(keys_of_dtype, dtype)
 
 
 def _llama(cfg: DecoderConfig) -> dict[str, Any]:

@@ -299,6 +299,13 @@ def test_a_model_that_the_decoder_does_not_have(copy, changes, expected):
     assert expected in message
 
 
+def test_a_part_of_the_head_that_is_null_is_not_named(copy):
+    before = hf_files.load_config(str(copy))
+    own = json.loads((copy / "config.json").read_text())["rope_parameters"]
+    edit_json(copy / "config.json", partial_rotary_factor=None, rope_parameters=own | {"partial_rotary_factor": None})
+    assert hf_files.load_config(str(copy)) == before
+
+
 def test_a_window_that_is_not_in_use_is_no_window(copy):
     """Qwen's own files name one, and switch it off."""
     before = hf_files.load_config(str(copy))

@@ -21,7 +21,7 @@ from hf_models import (
     transformers,
     unclipped,
 )
-from model_files import CHATML, edit_json, edit_tensors, error_of, is_gone, save_tokenizer, tensors_of
+from model_files import CHATML, edit_json, edit_tensors, error_of, is_gone, save_byte_model, save_tokenizer, tensors_of
 from tiny_models import one_device
 
 from igrpo_jax import config
@@ -257,6 +257,16 @@ def test_a_folder_that_can_not_be_used(original, tmp_path):
     (tmp_path / ".out.partial" / "old").write_text("")
     opened.save(tmp_path / "out", params)
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "old").exists()
+
+
+@pytest.mark.parametrize("keys", [["dtype"], ["torch_dtype"], ["torch_dtype", "dtype"], []])
+def test_every_dtype_of_a_config_is_that_of_the_export(tmp_path, keys):
+    path = tmp_path / "model"
+    path.mkdir()
+    save_byte_model(path)
+    edit_json(path / "config.json", **dict.fromkeys(keys, "float16"))
+    raw = hf_write.exported_config(str(path), hf_files.load_config(str(path)), "float32")
+    assert {key: raw[key] for key in raw if "dtype" in key} == dict.fromkeys(keys or ["dtype"], "float32")
 
 
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
