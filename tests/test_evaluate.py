@@ -574,7 +574,7 @@ def test_an_evaluation_is_not_resumed_with_other_prompts(call, byte_model, folde
     CHANGES[what](byte_model)
     said = call(evaluate, *given, code=2)
     told = f"{what.replace(' ', '_')}: the {what} of the model differs from that of the earlier evaluation"
-    assert f"holds an evaluation of another kind ({told}); give another --workdir, or the old values" in said
+    assert f"holds an evaluation with other settings ({told}); give another --workdir, or the old values" in said
     head = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     head.pop("chat_template"), head.pop("tokenizer")  # as an older version wrote it
     (tmp_path / "out" / "evaluation.json").write_text(json.dumps(head))
@@ -634,7 +634,7 @@ def test_an_evaluation_keeps_the_day_of_its_chat_template(call, dated_model, fol
     assert begin(dated_model, "b")["template_date"] == "2026-11-27" and prompt() == "27<|user|>0+1<|assistant|>"
     head = begin(dated_model, "a")
     assert head["template_date"] == "2026-11-26" and prompt() == "26<|user|>0+1<|assistant|>"
-    other = "another kind (template_date: '2026-11-26' -> '2026-11-27'); give another --workdir, or the old values"
+    other = "other settings (template_date: '2026-11-26' -> '2026-11-27'); give another --workdir, or the old values"
     begin(dated_model, "a", "--config.data.template_date=2026-11-27", says=other)
     del head["template_date"]  # as an older version wrote it
     (tmp_path / "a" / "evaluation.json").write_text(json.dumps(head))

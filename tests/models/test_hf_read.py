@@ -269,7 +269,7 @@ def test_a_scaling_that_was_added_to_newer_files_counts_as_in_transformers(copy,
 def test_a_scaling_that_was_added_to_newer_files_is_refused_by_name(copy, kind):
     edit_json(copy / "config.json", **rope(1234.0))
     edit_json(copy / "config.json", rope_scaling={"rope_type": kind, "factor": 4.0})
-    assert f"rope type = '{kind}' is not supported; supported is default or llama3" in load_error(copy)
+    assert f"rope type = '{kind}' is not supported; use default or llama3" in load_error(copy)
 
 
 @pytest.mark.parametrize(
