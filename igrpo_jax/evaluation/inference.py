@@ -75,7 +75,7 @@ def open_evaluation(
     plan = make_plan(config, rows, renderer, policy.cfg.max_position_embeddings)
     mesh = sharding.make_mesh(config.mesh)
     run, step = checkpoint_of(model, asked)  # again: the run may have removed the one that was the newest
-    policy = replace(policy, model=fit_to_mesh(config, policy.cfg, mesh))
+    policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
     read = {"problems": plan.fingerprint, "weights of the model": "" if run else policy.fingerprint}
     cluster.check_same({"config": to_dict(config), "model": model, "step": step, **read})
     return EvaluationInputs(config, policy, renderer, plan, mesh, run, step, *identity(model, run, step))
