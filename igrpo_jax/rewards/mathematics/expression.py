@@ -27,7 +27,7 @@ _ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat math
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "sec": "arccos", "csc": "arcsin"}  # sec^{-1}: of 1/x
 _MODULES = ("np", "math", "sympy")  # of functions, as in np.arcsin
-_CLOSINGS = {"(": ")", "[": "]", "{": "}", "|": "|"}
+_CLOSINGS = {"(": ")", "[": "]", "{": "}", "|": "|", "\\{": "\\}"}
 _PRIMES = (("'",), ("^", "prime"), ("^", "{", "prime", "}"))
 _NAMES = FUNCTIONS | GREEK | {"pi"}
 _INFINITIES = frozenset(("infty", "infinity", "inf"))
@@ -101,7 +101,7 @@ class Parser:
             return False  # 28_9 is not a product
         if kind == "command":
             return not self._cursor.tokens[self._cursor.at].closes
-        return kind in ("letters", "text") or text in ("(", "[", "{")
+        return kind in ("letters", "text") or text in ("(", "[", "{", "\\{")
 
     def _signed(self) -> Value:
         negative = False
@@ -169,7 +169,9 @@ class Parser:
         else:
             raise Unreadable
         self._depth -= 1
-        return functions.function("abs", value) if text == "|" and kind == "mark" else value
+        if kind == "mark" and text in ("|", "\\{"):
+            return functions.function("abs", value) if text == "|" else functions.fractional_part(value)
+        return value
 
     def _letters(self) -> Value:
         if any(self._cursor.take(module, ".") for module in _MODULES) and self._cursor.kind() != "letters":
@@ -295,6 +297,8 @@ class Parser:
         name = _LONG_NAMES.get(name, name)
         if name == "sqrt":
             return self._root()
+        if name in ("gcd", "lcm"):
+            return functions.divisor(name, self._arguments())
         exponent = base = None
         while self._cursor.peek() in ("^", "_"):
             if self._cursor.next() == "^":
@@ -312,6 +316,15 @@ class Parser:
         value = functions.function("ln" if base is not None else name, argument)
         value = value if base is None else value / functions.logarithm(base)
         return value if exponent is None else functions.power(value, exponent)
+
+    def _arguments(self) -> list[Value]:
+        """Reads what stands in parentheses, cut at commas."""
+        values = []
+        while self._cursor.take("," if values else "("):
+            values.append(self._sum())
+        if not self._cursor.take(")"):
+            raise Unreadable
+        return values
 
     def _angle(self) -> Value:
         """Reads a function's argument: one in brackets, else the product up to the next function, sign or bracket."""

@@ -262,6 +262,20 @@ def function(name: str, argument: Value) -> Value:
     return _FUNCTIONS[name](argument) if name in _FUNCTIONS else _named(name, argument)
 
 
+def divisor(name: str, arguments: list[Value]) -> Value:
+    """Returns gcd or lcm of integers. With symbols it is one symbol, whatever the order of the arguments."""
+    integers = [argument.constant() for argument in arguments]
+    if all(n is not None and n.denominator == 1 for n in integers):
+        return Value.number(getattr(math, name)(*(n.numerator for n in integers)))
+    return Value.symbol(f"{name}({','.join(sorted(map(str, arguments)))})")
+
+
+def fractional_part(value: Value) -> Value:
+    r"""Returns \{value\} = value - floor(value), which is one symbol unless the value is rational."""
+    constant = value.constant()
+    return Value.symbol(f"{{{value}}}") if constant is None else Value.number(constant % 1)
+
+
 def _inverse(name: str, argument: Value) -> Value:
     """Returns the angle, exactly where it is a multiple of 15° or 18° whose sine, cosine or tangent is the argument."""
     number = None if argument.symbols() else exact.approximate(argument)

@@ -36,7 +36,9 @@ _DROPPED = re.compile(r"\\[lcv]?dots|['\"]|\\\$|\d\s?_|\.\.|__")
 # Numbers behind a factor, which it takes for a product: 2 2, 4!2 and \frac{1}{2}12.
 _BESIDE = re.compile(r"(?<![_^\d])\d+(?:\s+|\s*\{)\d|[!)]\s*\d|\\frac ?\{[^{}]*\}\{[^{}]*\}\s*\d")
 _DOUBLE = re.compile(r"![\s)}\]]*!|\^\s*\{?[\w.]*\}?\s*\^")  # (9!)!, 9^9^9
-_REFUSED = (_DOUBLE, _DROPPED, _BESIDE)
+# Of symbols: \gcd(m,n) would be 1, as of polynomials, and \{x\}+1 would be x+1.
+_OF_INTEGERS = re.compile(r"gcd|lcm|[-+\d)]\s*\\\{|\\cdot\s*\\\{|\\\}\s*(?:[-+*^\d(]|\\cdot)", re.IGNORECASE)
+_REFUSED = (_DOUBLE, _DROPPED, _BESIDE, _OF_INTEGERS)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,7 +16,9 @@ from typing import NamedTuple
 from igrpo_jax.rewards.mathematics import spelling
 from igrpo_jax.rewards.mathematics.spelling import SEPARATOR
 
-_FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan cis"
+_FUNCTION_NAMES = (
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan cis gcd lcm"
+)
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _LETTER_NAMES = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "

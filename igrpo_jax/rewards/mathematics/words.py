@@ -133,7 +133,7 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
     token = tokens[at]
     word = token.text.strip()
     if token.kind == "text":
-        return len(word) > 1 or word in units.SYMBOLS
+        return (len(word) > 1 or word in units.SYMBOLS) and word.casefold() not in FUNCTIONS
     if token.kind == "letters":
         if word.casefold() in FUNCTIONS or word in GREEK or word == "infty":
             return False

@@ -18,6 +18,17 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # functions of integers
+    (r"m+n-\gcd(m,n)", r"m+n-\gcd(n,m)"),
+    (r"m+n-\gcd(m,n)", r"n - \operatorname{gcd}(m, n) + m"),
+    (r"m+n-\gcd(m,n)", r"m+n-\text{gcd}(m,n)"),
+    (r"\gcd(m,n)", "gcd(m, n)"),
+    (r"\frac{mn}{\mathrm{lcm}(m,n)}", r"\frac{mn}{\operatorname{lcm}(n,m)}"),
+    (r"\text{LCM}(4,6)", "12"),
+    (r"\gcd(12, 18, 27)", "3"),
+    (r"2\gcd(12,18)+1", "13"),
+    (r"\{x\}+1", r"1+\left\{x\right\}"),
+    (r"2\left\{\frac{7}{2}\right\}", "1"),
     # columns, unions, inverse functions, labels
     ("(-18,-49,96)^T", r"\begin{pmatrix}-18\\-49\\96\end{pmatrix}"),
     ("[-18, -49, 96]^T", r"\begin{pmatrix}-18\\-49\\96\end{pmatrix}"),
@@ -1214,6 +1225,22 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # functions of integers
+    (r"m+n-\gcd(m,n)", "m+n-1"),
+    (r"m+n-\operatorname{gcd}(m,n)", "m+n-1"),
+    (r"m+n-\text{gcd}(m,n)", "m+n-1"),
+    ("m+n-gcd(m,n)", "m+n-1"),
+    (r"\gcd(m,n)", r"\gcd(m,4)"),
+    (r"\gcd(m,n)", r"\gcd(m,n2)"),
+    (r"\gcd(m,n)", "1"),
+    (r"\gcd(m,n)+\sum_{k=1}^{2}k", "4"),
+    (r"\mathrm{lcm}(m,n)", "mn"),
+    (r"\text{lcm}(m,n)", r"\gcd(m,n)"),
+    (r"\gcd(4,6)", "12"),
+    (r"\{x\}+1", "x+1"),
+    (r"2\{x\}", "2x"),
+    (r"\{x\}-\lfloor x\rfloor", "0"),
+    (r"\sum_{k=1}^{n}3\{x\}", r"\sum_{k=1}^{n}3x"),
     (r"2\begin{pmatrix}2{2}\\1\end{pmatrix}", r"\begin{pmatrix}8\\2\end{pmatrix}"),
     (r"2{\frac{1}{2}}", "1"),
     # denials, roots, inverse functions, columns
