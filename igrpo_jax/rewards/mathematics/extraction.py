@@ -17,13 +17,15 @@ _BRACES = re.compile(
     re.DOTALL,
 )
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|pad|bos)>|<(?:end|start)_of_turn>")
+_BLOCK = re.compile(r"<answer>([^<]*(?:<(?!/?answer>)[^<]*)*)</answer>")
 _PHRASE = re.compile(
     r"\banswer\s{0,4}(?:(?:(?:to\s(?:the|this)\s(?:question|problem)\s{1,4})?is\b|equals(?=\s{0,4}[-+−]?[\d$\\])"
     r"|(?:would|should)\sbe(?=\s{0,4}(?:\$[^$\n]{1,200}\$|-?[\d,./]{1,40})\s{0,4}(?:\.\s|\.?$|\n))|:|=|\*\*:|:\*\*)\s{0,4}:?|(?=\$|\\\(|\\\[)"
     r"|(?:\*\*)?[ \t]{0,4}\n(?=\s{0,4}[-+$\\]{0,3}\d))",
     re.IGNORECASE,
 )
-_FORMULA = re.compile(r"\$\$([^$]*)\$\$|\$([^$]*)\$|\\\(([^$]*?)\\\)|\\\[([^$]*?)\\\]")
+_IN_DOLLARS = r"((?:\\.|[^$\\])*)"  # a price in a formula is \$18
+_FORMULA = re.compile(rf"(?<!\\)\$\${_IN_DOLLARS}\$\$|(?<!\\)\${_IN_DOLLARS}\$|\\\(([^$]*?)\\\)|\\\[([^$]*?)\\\]")
 _MATH = re.compile(rf"\s*(?:\*\*)?\s*(?:{_FORMULA.pattern})")
 _LISTING = re.compile(r"(?:[\s,.*]|and\b|or\b)*")
 # A formula is the answer where these words alone stand before it and its part of the sentence ends behind it. Other
@@ -50,6 +52,8 @@ _CLAUSE = re.compile(
 # "B. Alina or C. Ben": the end of the first sentence is not the end of what is stated.
 _TWO_CHOICES = re.compile(r"\(?[A-J][).:]\s[^\n]{1,200}?(?:\b(?:or|and)|,)\s+\(?[A-J][).:]\s[^\n]{0,200}")
 _IS = re.compile(r"\s(?:is|are|equals)\s(?!not\b)")
+
+_MORE = re.compile(r"[\d$\\]")  # in what follows the first clause of a sentence: perhaps a second answer
 
 _LAST_STATEMENTS = 8  # how many are tried, from the last one
 # Opens a formula in which "The answer is" stands, as in $\\text{The answer is } 9$.
@@ -115,11 +119,9 @@ def extract(text: str) -> str | None:
     thought, closed, after = text.rpartition("</think>")
     if closed:
         text = after if after.strip() else thought
-    head, closed, _ = text.rpartition("</answer>")
-    if closed:
-        _, opened, block = head.rpartition("<answer>")
-        if opened and block.strip():
-            return last_box(block) or _last_statement(block) or block.strip()
+    blocks = [match[1] for match in _BLOCK.finditer(text) if match[1].strip()]
+    if blocks:
+        return last_box(blocks[-1]) or _last_statement(blocks[-1]) or _of_sentence(blocks[-1].strip())
     return last_box(text) or _last_statement(text)
 
 
@@ -209,9 +211,22 @@ def _stated(text: str, phrase: re.Match) -> str | None:
     rest = text[phrase.end() : phrase.end() + MAX_STATEMENT]
     inside = _INSIDE.search(text[max(0, phrase.start() - _LONGEST_LEAD) : phrase.start()])
     if inside:
-        formula, closed, _ = rest.partition(_CLOSINGS[inside[1]])
-        if closed and formula.strip(" }\n"):
-            return without_lead_in(f"{inside[2] or ''}Answer:{formula}")
+        closed = re.search(rf"(?<!\\){re.escape(_CLOSINGS[inside[1]])}", rest)
+        if closed and rest[: closed.start()].strip(" }\n"):
+            return without_lead_in(f"{inside[2] or ''}Answer:{rest[: closed.start()]}")
+    return _said(rest)
+
+
+def _of_sentence(block: str) -> str:
+    """Returns what a block says where it is one sentence, as "The total is 18."; any other block as it is."""
+    _, *more = _CLAUSE.split(block, maxsplit=1)
+    is_one = len(block) <= MAX_STATEMENT and "\n" not in block and not _MORE.search("".join(more))
+    is_said = (_IS.search(block) or _FILLERS.match(block)) and not _DENIED.search(block)
+    return (_said(block) if is_one and is_said else None) or block
+
+
+def _said(rest: str) -> str | None:
+    """Returns the clause behind "answer is" without the words that only lead to it; None for no answer."""
     rest = rest.lstrip().lstrip("*").lstrip()
     rest = _FILLERS.sub("", rest, count=1) if _FILLERS.match(rest) else rest
     stated = _clause(rest).strip().strip("*").strip()
