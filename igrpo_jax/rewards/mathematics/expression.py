@@ -15,17 +15,21 @@ Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
 
 import math
 
-from igrpo_jax.rewards.mathematics import derivatives, exact, functions, numerals
+from igrpo_jax.rewards.mathematics import derivatives, exact, functions, numerals, roots
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token, Unreadable, tokenize
 
 MAX_DEPTH = 30  # of nested brackets, roots, fractions, …
 
 
-_LONG_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
+_LONG_NAMES = {
+    **{f"a{name}": f"arc{name}" for name in ("sin", "cos", "tan", "cot")},
+    **{f"{prefix}{name}": f"ar{name}" for prefix in ("a", "arc") for name in ("sinh", "cosh", "tanh")},
+}
 _ACCENT_NAMES = "vec hat bar overline dot ddot tilde overrightarrow widehat mathcal mathbb"
 _ACCENTS = frozenset(_ACCENT_NAMES.split())
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan", "sec": "arccos", "csc": "arcsin"}  # sec^{-1}: of 1/x
+_INVERSES |= {"cot": "arccot", "sinh": "arsinh", "cosh": "arcosh", "tanh": "artanh"}
 _MODULES = ("np", "math", "sympy")  # of functions, as in np.arcsin
 _CLOSINGS = {"(": ")", "[": "]", "{": "}", "|": "|", "\\{": "\\}"}
 _PRIMES = (("'",), ("^", "prime"), ("^", "{", "prime", "}"))
@@ -206,7 +210,7 @@ class Parser:
             of_number = self._cursor.kind(1) == "number" and self._cursor.peek(2) == ")"
             if name == "f" or of_number:
                 # f(x+y) and I(0) are not products. Letters other than f may stand for one, as in r(2): opaque.
-                return functions.application(name, self._group(")"), opaque=name != "f")
+                return roots.application(name, self._group(")"), opaque=name != "f")
         return Value.symbol(name)
 
     def _subscript(self) -> str:
@@ -290,8 +294,8 @@ class Parser:
             if degree > 100:
                 raise Unreadable
         if self._cursor.peek() == "(":
-            return functions.root(self._group(")"), degree)
-        return functions.root(self._argument(), degree)
+            return roots.root(self._group(")"), degree)
+        return roots.root(self._argument(), degree)
 
     def _function(self, name: str) -> Value:
         name = _LONG_NAMES.get(name, name)

@@ -1,4 +1,4 @@
-"""Powers, roots, exponentials, logarithms and trigonometric functions of exact values.
+"""Powers, exponentials, logarithms and trigonometric functions of exact values.
 
 A result is exact where it is in the ring of `exact`: roots of rationals and of products, e^(iπ/6), 2^(n-1),
 ln 8 = 3·ln 2, the sine of multiples of 15°. Anything else becomes an opaque symbol with a canonical argument:
@@ -6,44 +6,15 @@ sin(-x) = -sin(x), tan(x) = sin(x)/cos(x), √(4x+4) = 2·√(x+1). All function
 limits of `exact`.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact
 from igrpo_jax.rewards.mathematics.exact import ONE, PI, UNIT, Atom, E, I, NoValue, TooManyTerms, Value
+from igrpo_jax.rewards.mathematics.roots import NotFactored, loses_sign, named, primes, root, without_content
 
 MAX_EXPONENT = 10_000  # of integer powers; also the largest n of n! and of binomials
-_MAX_DIVISOR = 60_000  # where trial division ends, after at most 1.5 ms; earlier for large numbers
-
-
-class _NotFactored(NoValue):
-    """A number too large to factor."""
-
-
-# ------------------------------------------------------------------------------------------------ powers and roots
-
-
-@functools.lru_cache(maxsize=4096)
-def factors(n: int) -> tuple[tuple[int, int], ...]:
-    """Returns the prime factors of n ≥ 1 with their powers. Raises _NotFactored where trial division fails."""
-    if n.bit_length() > 16_000:
-        raise _NotFactored("too large to factor")
-    primes, divisor, end = [], 2, _MAX_DIVISOR if n.bit_length() < 512 else 1_000
-    while divisor * divisor <= n and divisor < end:
-        power = 0
-        while n % divisor == 0:
-            n //= divisor
-            power += 1
-        if power:
-            primes.append((divisor, power))
-        divisor += 1 if divisor == 2 else 2
-    if divisor * divisor <= n:
-        raise _NotFactored("too large to factor")
-    if n > 1:
-        primes.append((n, 1))
-    return tuple(primes)
 
 
 def power(base: Value, exponent: Value) -> Value:
@@ -67,73 +38,7 @@ def power(base: Value, exponent: Value) -> Value:
             result = result * result * base if bit == "1" else result * result
         return result
     except TooManyTerms:
-        return _named("pow", base, Fraction(n))
-
-
-def root(value: Value, degree: int) -> Value:
-    """Returns the real root where there is one (∛-8 = -2), else the principal root. Raises NoValue."""
-    if value.denominator is not UNIT:
-        top = root(Value(value.numerator, opaque=value.opaque), degree)
-        return top / root(Value(value.denominator, opaque=value.opaque), degree)
-    if len(value.numerator) != 1:
-        if not value.numerator:
-            return value
-        tops, bottoms = zip(*((c.numerator, c.denominator) for c in value.numerator.values()), strict=True)
-        content = Fraction(math.gcd(*tops), math.lcm(*bottoms))
-        rest = Value({key: c / content for key, c in value.numerator.items()}, opaque=value.opaque)
-        return root(Value.number(content), degree) * _named("pow", rest, Fraction(1, degree))
-    ((imaginary, roots, symbols), c), *_ = value.numerator.items()
-    try:
-        if imaginary or (c < 0 and degree % 2 == 0 and degree != 2):
-            raise _NotFactored
-        if any(_loses_sign(name, power, degree) for name, power in symbols):
-            raise _NotFactored
-        powers = {prime: Fraction(p) for prime, p in roots}
-        for prime, p in _primes(abs(c), degree):
-            powers[prime] = powers.get(prime, Fraction(0)) + p
-    except _NotFactored:
-        return _named("pow", value, Fraction(1, degree))
-    taken = tuple((name, Fraction(p) / degree) for name, p in symbols)
-    result = Value(
-        {(int(c < 0 and degree == 2), (), taken): Fraction(-1 if c < 0 and degree != 2 else 1)}, opaque=value.opaque
-    )
-    for prime, p in powers.items():
-        integer, rest = divmod(p / degree, 1)
-        key = (0, ((prime, rest),) if rest else (), ())
-        result = result * Value({key: Fraction(prime) ** int(integer)})
-    return result
-
-
-def _primes(c: Fraction, degree: int = 1) -> list[tuple[int, int]]:
-    """Returns the prime factors of c > 0 with their powers, which are negative below the fraction bar.
-
-    A large square, such as 10^40, need not be factored into primes for a root of degree 2. Raises _NotFactored.
-    """
-    primes: list[tuple[int, int]] = []
-    for number, sign in ((c.numerator, 1), (c.denominator, -1)):
-        is_square = degree == 2 and number.bit_length() > 64 and math.isqrt(number) ** 2 == number
-        primes += [(p, sign * k) for p, k in ([(math.isqrt(number), 2)] if is_square else factors(number))]
-    return primes
-
-
-def _loses_sign(name: str, exponent: int | Fraction, degree: int) -> bool:
-    """Returns whether a root loses the sign of a symbol: √(x²) is |x|, not x. √x, √(x³), ∛(x³) and √(π²) do not."""
-    even = degree % 2 == 0 and Fraction(exponent).numerator % 2 == 0
-    return even and name not in ("π", "e") and getattr(name, "function", "") != "exp"
-
-
-def _named(
-    function: str, argument: Value, exponent: int | Fraction = 1, opaque: bool = True, base: Value | None = None
-) -> Value:
-    """Returns an opaque symbol to a power. `base` is that of the function "exp" or "pow", where it is not e."""
-    name = Atom(f"{function}({argument})" if base is None else f"{function}({base};{argument})")
-    name.function, name.argument, name.base = function, argument, base
-    return Value({(0, (), ((name, exponent),)): Fraction(1)}, opaque=opaque)
-
-
-def application(function: str, argument: Value, opaque: bool = False) -> Value:
-    """Returns the value of an unknown function, as f(2)."""
-    return _named(function, argument, opaque=opaque or argument.opaque or argument.denominator is not UNIT)
+        return named("pow", base, Fraction(n))
 
 
 def _exponential(base: Value, exponent: Value) -> Value:
@@ -145,16 +50,16 @@ def _exponential(base: Value, exponent: Value) -> Value:
     constant = base.constant()
     is_e = base.numerator == E.numerator and base.denominator is UNIT
     if not (is_e or (constant is not None and constant > 0)):
-        return _named("pow", exponent, base=base)
+        return named("pow", exponent, base=base)
     if exponent.denominator is not UNIT:
         ratio = exact.proportional(logarithm(base), Value(exponent.denominator))
         if ratio is None or is_e:
-            return _named("pow", exponent, base=base)
+            return named("pow", exponent, base=base)
         return power(E, Value(exponent.numerator, opaque=exponent.opaque) * Value.number(ratio))
     try:
-        bases = [(E, 1)] if is_e else [(Value.number(p), k) for p, k in _primes(constant)]
-    except _NotFactored:
-        return _named("pow", exponent, base=base)
+        bases = [(E, 1)] if is_e else [(Value.number(p), k) for p, k in primes(constant)]
+    except NotFactored:
+        return named("pow", exponent, base=base)
     result = Value.number(1)
     for key, c in exponent.numerator.items():
         term = Value({key: c})
@@ -170,7 +75,7 @@ def _exponential(base: Value, exponent: Value) -> Value:
             # Numbers such as 2^√2 and e^π may be related in unknown ways; functions such as 2^n are not.
             free = any(name not in ("π", "e") for name, _ in key[2])
             for prime, k in bases:
-                term = _named("exp", Value({key: Fraction(1)}), c * k, opaque or not free, prime)
+                term = named("exp", Value({key: Fraction(1)}), c * k, opaque or not free, prime)
                 result = result * term
     return result
 
@@ -208,13 +113,13 @@ def cosine(angle: Value) -> Value:
     """Returns the cosine of an angle in radians, exact for multiples of 15°, and 36° and 72°."""
     turns = (angle / PI).constant()
     if turns is None:
-        return _named("cos", _unsigned(angle)[0])
+        return named("cos", _unsigned(angle)[0])
     turns = abs(turns) % 2
     turns = 2 - turns if turns > 1 else turns
     if turns > Fraction(1, 2):
         return -cosine(Value.number(1 - turns) * PI)
     if turns not in _COSINES:
-        return _named("cos", Value.number(turns) * PI)
+        return named("cos", Value.number(turns) * PI)
     result = Value.number(0)
     for c, radicand in _COSINES[turns]:
         result = result + Value.number(c) * root(Value.number(radicand), 2)
@@ -227,30 +132,44 @@ def sine(angle: Value) -> Value:
     if turns is not None:
         return cosine(Value.number(Fraction(1, 2) - turns) * PI)
     angle, sign = _unsigned(angle)
-    return Value.number(sign) * _named("sin", angle)
+    return Value.number(sign) * named("sin", angle)
 
 
 def logarithm(value: Value, function: str = "ln") -> Value:
-    """Returns the logarithm of a positive rational or a power of e, for anything else an opaque symbol."""
-    constant = value.constant()
-    if constant is not None and constant > 0:
+    """Returns the logarithm as a sum over the factors of the value, whose symbols are read as positive.
+
+    ln 8 = 3·ln 2, ln(x/y) = ln x - ln y, ln(3·√2·e^(2t)) = ln 3 + ln(2)/2 + 2t, but ln(x²) = 2·ln|x|.
+    """
+    if value.denominator is not UNIT:
+        bottom, sign = _unsigned(Value(value.denominator, opaque=value.opaque))
+        top = Value.number(sign) * Value(value.numerator, opaque=value.opaque)
+        return logarithm(top, function) - logarithm(bottom, function)
+    if len(value.numerator) > 1:
+        content, rest = without_content(value)
+        return logarithm(Value.number(content), function) + named(function, rest)
+    for (imaginary, roots, symbols), c in value.numerator.items():
         try:
-            primes = _primes(constant)
-        except _NotFactored:
-            return _named(function, value)
-        # Some read `log` without a base as base 10, others as base e.
-        terms = (Value.number(k) * _named(function, Value.number(p), opaque=function != "ln") for p, k in primes)
-        return sum(terms, Value.number(0))
-    if function == "ln" and value.denominator is UNIT and len(value.numerator) == 1:
-        ((imaginary, roots, symbols), c), *_ = value.numerator.items()
-        known = all(name == "e" or (getattr(name, "function", "") == "exp") for name, _ in symbols)
-        if not imaginary and known and c > 0:  # ln(3·√2·e^(2t)) = ln 3 + ln(2)/2 + 2t
-            parts = [(logarithm(Value.number(prime)), k) for prime, k in [(c, 1), *roots]]
-            parts += [
-                (Value.number(1) if name == "e" else name.argument * logarithm(name.base), k) for name, k in symbols
-            ]
-            return sum((Value.number(k) * part for part, k in parts), Value.number(0))
-    return _named(function, value)
+            numbers = primes(c) if c > 0 and not imaginary else None
+        except NotFactored:
+            numbers = None
+        if numbers is not None:
+            # Some read `log` without a base as base 10, others as base e.
+            bases = [(named(function, Value.number(p), opaque=function != "ln"), k) for p, k in [*numbers, *roots]]
+            bases += [(_factor_logarithm(name, k, function), k) for name, k in symbols]
+            return sum((Value.number(k) * part for part, k in bases), Value.number(0))
+    return named(function, value)
+
+
+def _factor_logarithm(name: str, power: int | Fraction, function: str) -> Value:
+    """Returns the logarithm of a symbol that stands to a power."""
+    if name == "e" and function == "ln":
+        return Value.number(1)
+    if isinstance(name, Atom) and name.base is not None:  # 2^n
+        return name.argument * logarithm(name.base, function)
+    is_root = isinstance(name, Atom) and name.function == "pow"
+    base = name.argument if is_root else Value({(0, (), ((name, 1),)): Fraction(1)})
+    base = _absolute(base) if loses_sign(name, power) else base
+    return logarithm(base, function) if is_root else named(function, base)
 
 
 def function(name: str, argument: Value) -> Value:
@@ -259,7 +178,7 @@ def function(name: str, argument: Value) -> Value:
         return logarithm(argument, name)
     if name in ("arcsin", "arccos", "arctan"):
         return _inverse(name, argument)
-    return _FUNCTIONS[name](argument) if name in _FUNCTIONS else _named(name, argument)
+    return _FUNCTIONS[name](argument) if name in _FUNCTIONS else named(name, argument)
 
 
 def divisor(name: str, arguments: list[Value]) -> Value:
@@ -284,14 +203,14 @@ def _inverse(name: str, argument: Value) -> Value:
         angle = Value.number(turns) * PI
         if exact.same(function(name[3:], angle), argument) is True:
             return angle
-    return _named(name, argument)
+    return named(name, argument)
 
 
 def _gamma(argument: Value) -> Value:
     """Returns Γ of positive integers and half-integers exactly."""
     n = argument.constant()
     if n is None or not 0 < n <= 200 or n.denominator > 2:
-        return _named("Gamma", argument)
+        return named("Gamma", argument)
     product = Value.number(math.prod(n - k for k in range(1, math.ceil(n))))
     return product if n.denominator == 1 else product * root(PI, 2)
 
@@ -300,7 +219,7 @@ def _zeta(argument: Value) -> Value:
     """Returns ζ(2), ζ(4) and ζ(6) exactly."""
     n = argument.constant()
     divisor = {2: 6, 4: 90, 6: 945}.get(int(n)) if n in (2, 4, 6) else None
-    return power(PI, argument) / Value.number(divisor) if divisor else _named("zeta", argument)
+    return power(PI, argument) / Value.number(divisor) if divisor else named("zeta", argument)
 
 
 def _absolute(value: Value) -> Value:
@@ -315,7 +234,25 @@ def _absolute(value: Value) -> Value:
         if number is not None and value.denominator is UNIT:  # |3+4i| = 5
             parts = [Value({(0, *key[1:]): c for key, c in value.numerator.items() if key[0] == at}) for at in (0, 1)]
             return root(parts[0] * parts[0] + parts[1] * parts[1], 2)
-    return _named("abs", _unsigned(value)[0])
+    if value.denominator is not UNIT:
+        parts = [Value(part, opaque=value.opaque) for part in (value.numerator, value.denominator)]
+        return _absolute(parts[0]) / _absolute(parts[1])
+    if len(value.numerator) != 1:
+        return named("abs", _unsigned(value)[0])
+    ((_, roots, symbols), c), *_ = value.numerator.items()
+    result = Value({(0, roots, ()): abs(c)})
+    for name, exponent in symbols:
+        positive = Value({(0, (), ((name, exponent),)): Fraction(1)}, opaque=value.opaque)
+        symbol = Value({(0, (), ((name, 1),)): Fraction(1)}, opaque=value.opaque)
+        result = result * (positive if _is_positive(name) else named("abs", symbol, exponent))
+    return result
+
+
+def _is_positive(name: str) -> bool:
+    """Returns whether a symbol is a positive number: π, e, |x|, or a positive number to a real power."""
+    function = getattr(name, "function", "")
+    is_real = function == "exp" and not any(key[0] for key in name.argument.numerator)
+    return name in ("π", "e") or function == "abs" or is_real
 
 
 def _unsigned(value: Value) -> tuple[Value, int]:
@@ -325,6 +262,7 @@ def _unsigned(value: Value) -> tuple[Value, int]:
     return value, 1
 
 
+_ONE = Value.number(1)
 _FUNCTIONS: dict[str, Callable[[Value], Value]] = {
     "sin": sine,
     "cos": cosine,
@@ -332,6 +270,10 @@ _FUNCTIONS: dict[str, Callable[[Value], Value]] = {
     "cot": lambda angle: cosine(angle) / sine(angle),
     "sec": lambda angle: Value.number(1) / cosine(angle),
     "csc": lambda angle: Value.number(1) / sine(angle),
+    "arccot": lambda value: _inverse("arctan", _ONE / value) if value.numerator else PI / Value.number(2),
+    "arsinh": lambda value: logarithm(value + root(value * value + _ONE, 2)),
+    "arcosh": lambda value: logarithm(value + root(value * value - _ONE, 2)),
+    "artanh": lambda value: logarithm((_ONE + value) / (_ONE - value)) / Value.number(2),
     "cis": lambda angle: cosine(angle) + I * sine(angle),
     "exp": lambda exponent: power(E, exponent),
     "sqrt": lambda value: root(value, 2),

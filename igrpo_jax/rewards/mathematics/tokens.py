@@ -17,7 +17,8 @@ from igrpo_jax.rewards.mathematics import spelling
 from igrpo_jax.rewards.mathematics.spelling import SEPARATOR
 
 _FUNCTION_NAMES = (
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp sqrt abs asin acos atan cis gcd lcm"
+    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh arsinh arcosh artanh arcsinh arccosh arctanh "
+    "asin acos atan acot asinh acosh atanh ln log exp sqrt abs cis gcd lcm"
 )
 FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _LETTER_NAMES = (

@@ -18,6 +18,35 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # logarithms of products, and inverse functions
+    (r"\ln\frac1x", r"-\ln x"),
+    (r"\ln\frac ab", r"-\ln\frac ba"),
+    (r"\ln\frac ab", r"\ln a-\ln b"),
+    (r"RT\ln\frac{V_2}{V_1}", r"RT(\ln V_2-\ln V_1)"),
+    (r"\ln|x-1|-\ln|x+1|+C", r"\ln\left|\frac{x-1}{x+1}\right|+C"),
+    (r"\frac12\ln\left|\frac{x-1}{x+1}\right|", r"-\frac12\ln\left|\frac{x+1}{1-x}\right|"),
+    (r"\log_2 x+\log_2 y", r"\log_2(xy)"),
+    (r"\log x+\log y", r"\log(xy)"),
+    (r"-\tau\ln\Delta", r"\tau\ln\frac1\Delta"),
+    (r"-\tau \ln \Delta", r"\tau \ln(1/\Delta)"),
+    (r"\ln(2x+2)", r"\ln 2+\ln(x+1)"),
+    (r"\ln\frac{x-1}{x+2}", r"\ln\frac{1-x}{-x-2}"),
+    (r"\ln\sqrt{x+1}", r"\frac12\ln(x+1)"),
+    (r"\ln(3e^{2t}\sqrt{x})", r"\ln 3+2t+\frac12\ln x"),
+    (r"\ln 2^n", r"n\ln 2"),
+    (r"e^{\ln a-\ln b}", r"\frac ab"),
+    (r"|2x|", r"2|x|"),
+    (r"\cot^{-1} 2", r"\arctan\frac12"),
+    (r"\cot^{-1} 2", r"\text{arccot}(2)"),
+    (r"\cot^{-1} 2", r"\operatorname{arccot} 2"),
+    (r"\cot^{-1} 0", r"\frac{\pi}{2}"),
+    (r"\ln(1+\sqrt2)", r"\sinh^{-1} 1"),
+    (r"\ln(1+\sqrt2)", r"\text{arcsinh}(1)"),
+    (r"\ln(1+\sqrt2)", r"\operatorname{arsinh}(1)"),
+    (r"\cosh^{-1} 2", r"\ln(2+\sqrt3)"),
+    (r"\tanh^{-1}\frac12", r"\frac12\ln 3"),
+    (r"\operatorname{artanh} x", r"\frac12\ln\frac{1+x}{1-x}"),
+    (r"\tanh^{-1} x", r"\text{arctanh}(x)"),
     # functions of integers
     (r"m+n-\gcd(m,n)", r"m+n-\gcd(n,m)"),
     (r"m+n-\gcd(m,n)", r"n - \operatorname{gcd}(m, n) + m"),
@@ -1225,6 +1254,27 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # logarithms of products, and inverse functions
+    (r"\ln\frac1x", r"\ln x"),
+    (r"\ln(a+b)", r"\ln a+\ln b"),
+    (r"\ln(ab)", r"\ln a\ln b"),
+    (r"\ln\frac ab", r"\frac{\ln a}{\ln b}"),
+    (r"\ln\frac ab", r"\ln\frac ba"),
+    (r"2\ln|x|+C", r"2\ln x+C"),
+    (r"\ln|x-1|-\ln|x+1|+C", r"\ln\frac{x+1}{x-1}+C"),
+    (r"\ln|x|", r"\ln x"),
+    (r"\ln(1-x)", r"\ln(x-1)"),
+    (r"\log x+\log y", r"\ln(xy)"),
+    (r"\log e", "1"),
+    (r"|x|", "x"),
+    (r"|xy|", "xy"),
+    (r"|x^3|", "x^3"),
+    (r"\cot^{-1} 2", r"\tan 2"),
+    (r"\cot^{-1} 2", r"\frac{1}{\cot 2}"),
+    (r"\frac{1}{\sinh 1}", r"\sinh^{-1} 1"),
+    (r"\cosh^{-1} 2", r"\frac{1}{\cosh 2}"),
+    (r"\tanh^{-1}x", r"\frac{1}{\tanh x}"),
+    (r"\sinh^{-1} 1", r"\cosh^{-1} 1"),
     # functions of integers
     (r"m+n-\gcd(m,n)", "m+n-1"),
     (r"m+n-\operatorname{gcd}(m,n)", "m+n-1"),
