@@ -23,7 +23,8 @@ _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
-_LEADING = frozenset(("=", "approx", "approximately", "about", "therefore", "implies", "to"))  # before an answer
+_LEADING = frozenset(("=", "approx", "simeq", "therefore", "implies", "to"))  # before an answer
+_LEADING_WORDS = frozenset(("approx", "approx.", "approximately", "about", "roughly"))
 _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 
@@ -35,17 +36,29 @@ def read(answer: str) -> Node | None:
         if day:
             return Words(day, day)
         answer = words.without_label(spoken.rewritten(letters.unnamed(answer)))
-    tokens = tokenize(answer)
-    while tokens and tokens[-1].is_in(_EDGES):
-        tokens.pop()
-    while tokens and tokens[0].is_in(_EDGES | _LEADING):
-        tokens.pop(0)
+    tokens = _without_edges(tokenize(answer))
     if not tokens:
         return None
     try:
         return _read(tokens, 0)
     except NoValue:
         return Leaf(latex(tokens), None, hopeless=True)
+
+
+def _without_edges(tokens: list[Token]) -> list[Token]:
+    """Returns tokens without punctuation at their ends and without "=", \\approx or "about" before a value."""
+    while tokens and tokens[-1].is_in(_EDGES):
+        tokens.pop()
+    while tokens and (tokens[0].is_in(_EDGES | _LEADING) or _is_about(tokens)):
+        tokens.pop(0)
+    return tokens
+
+
+def _is_about(tokens: list[Token]) -> bool:
+    """Returns whether a word such as "about", or \\sim before a number, begins the tokens."""
+    if tokens[0].is_in(("sim",)):
+        return len(tokens) > 1 and tokens[1].kind == "number"
+    return tokens[0].kind in ("text", "letters") and tokens[0].text.strip(" ,:").casefold() in _LEADING_WORDS
 
 
 def _unwrapped(answer: str) -> str:
@@ -66,7 +79,7 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
     if nested > _MAX_NESTED:
         return Leaf(text, None, hopeless=True)
     if len(tokens) == 1 and tokens[0].kind == "text":
-        inner = tokenize(tokens[0].text)
+        inner = _without_edges(tokenize(tokens[0].text))
         return _read(inner, nested + 1, from_text=True) if inner else Words(text, "")
     choice = _choice(tokens, nested)
     if choice:
@@ -269,8 +282,10 @@ def _relation(tokens: list[Token], sides: list[list[Token]], signs: list[str], n
             value = regions.region_of(value) or value
         return Region(text, name, value.pieces) if isinstance(value, Region) else Named(text, name, value, None)
     if {signs[0], signs[-1]} & {"approx", "simeq", "sim"}:
-        kept = sides[1:] if words.is_name(sides[0], sides[1]) else sides[:1]
-        return _read_unlisted(kept[0], nested + 1)
+        if words.is_name(sides[0], sides[1]):
+            sides = [side for side in sides[1:] if not _has_symbols(side)] or sides[1:]
+        read = [_read_unlisted(side, nested + 1) for side in sides[:: max(len(sides) - 1, 1)]]  # the first and the last
+        return leaves.approximation(text, *read) if len(read) > 1 else read[0]
     if set(signs) == {"="}:
         return _equation(text, tokens, sides, nested)
     parts = []

@@ -119,6 +119,34 @@ def agree(a: Leaf, b: Leaf) -> bool:
     return bool(exact.same(a.value, Value.number(scale) * b.value))
 
 
+_ROUNDED = re.compile(r"-?\d+(?:\.(\d*))?(?:\\cdot 10\^\{?(-?\d{1,2})\}?)?")
+
+
+def approximation(text: str, first: Node, last: Node) -> Node:
+    r"""Returns a value and what it is rounded to, as in 100/3 \approx 33.33, either of which may be meant.
+
+    Rounded by more than about 1 %, it is the first alone, and so is what is no number. Two numbers of which the second
+    is not the first one rounded are two guesses, which equal nothing.
+    """
+    if symbols(first) != set() or symbols(last) != set():
+        return first
+    scales = [1.0, float(units.ratio(last.unit, first.unit))]
+    if first.percent != last.percent:
+        scales[last.percent] /= 100
+    numbers = [exact.approximate(node.value) for node in (first, last)]
+    if None in numbers:
+        return first
+    a, b = (number * scale for number, scale in zip(numbers, scales, strict=True))
+    steps = [
+        scale * 10.0 ** (int(match[2] or 0) - len(match[1] or ""))
+        for node, scale in ((last, scales[1]), (first, scales[0]))
+        if (match := _ROUNDED.fullmatch(node.text))
+    ]
+    if not steps or abs(a - b) >= steps[0] or not units.agree(first.unit, last.unit):
+        return Leaf(text, None, hopeless=True)
+    return Choice(text, first, last) if abs(a - b) <= 0.0101 * abs(a) else first
+
+
 def difference(left: list[Token], right: list[Token]) -> Value | None:
     """Returns left side minus right side, None if one of them cannot be read. Raises NoValue."""
     try:

@@ -60,6 +60,8 @@ _SAME_AS = {
         "degree": "circ",
         "bigcup": "cup",
         "emptyset": "varnothing",
+        **dict.fromkeys(("thickapprox", "doteq", "fallingdotseq"), "approx"),
+        "thicksim": "sim",
         "backslash": "setminus",
         "varepsilon": "epsilon",
         "varphi": "phi",

@@ -18,6 +18,23 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # a value and its decimal
+    ("33.33", r"\frac{100}{3} \approx 33.33"),
+    ("33.33", r"\frac{100}{3}\approx 33.33\text{ cm}"),
+    ("33.33", r"V = \frac{100}{3}\approx 33.33"),
+    (r"\frac{100}{3}", r"V = \frac{100}{3}\approx 33.33"),
+    ("8.89", r"T = 2\pi\sqrt2 \approx 8.89\text{ s}"),
+    (r"2\pi\sqrt2", r"T = 2\pi\sqrt2 \approx 8.89\text{ s}"),
+    ("157", r"V = \pi r^2h = 50\pi \approx 157"),
+    (r"\frac13", r"\frac13 \approx 33.3\%"),
+    (r"\pi", r"\pi \approx 3"),
+    (r"5.0\times10^{14}", r"\frac{3\times10^{8}}{600\times10^{-9}} \approx 5.0\times 10^{14}"),
+    ("33.33", r"\sim 33.33"),
+    ("33.33", r"\simeq 33.33"),
+    ("33.33", r"\thickapprox 33.33"),
+    ("33.33", r"\text{approximately } 33.33"),
+    ("33.33", r"\text{Approximately 33.33}"),
+    ("33.33", r"\text{about }33.33\text{ cm}"),
     # logarithms of products, and inverse functions
     (r"\ln\frac1x", r"-\ln x"),
     (r"\ln\frac ab", r"-\ln\frac ba"),
@@ -1254,6 +1271,17 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # a value and its decimal
+    ("101", r"101 \approx 100"),
+    ("100", r"101 \approx 100"),
+    ("3", r"\pi \approx 3"),
+    ("3", r"2.5 \approx 3"),
+    (r"\frac{100}{3}", r"\frac{100}{3} \approx 33.43"),
+    ("33.43", r"\frac{100}{3} \approx 33.43"),
+    ("33.33", r"\frac{100}{3}"),
+    ("2", r"\sqrt2 \approx 2"),
+    (r"\sim p", "p"),
+    ("0.33", r"\frac13 \approx 0.33 \text{ is wrong}"),
     # logarithms of products, and inverse functions
     (r"\ln\frac1x", r"\ln x"),
     (r"\ln(a+b)", r"\ln a+\ln b"),
