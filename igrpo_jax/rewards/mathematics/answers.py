@@ -21,6 +21,7 @@ from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, spli
 MAX_PARTS = 200  # elements of a list; a longer list is a Leaf without a value
 _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
+_GROUPS = re.compile(r"[1-9]\d\d(?:,\d{3})+\.?")  # a number, or a list of numbers of three digits
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
 _LEADING = frozenset(("=", "approx", "simeq", "therefore", "implies", "to"))  # before an answer
@@ -40,9 +41,17 @@ def read(answer: str) -> Node | None:
     if not tokens:
         return None
     try:
+        if _GROUPS.fullmatch(answer):
+            return _number_or_list(tokens[0], answer)
         return _read(tokens, 0)
     except NoValue:
         return Leaf(latex(tokens), None, hopeless=True)
+
+
+def _number_or_list(number: Token, answer: str) -> Node:
+    """Reads 102,204 as 102204 or as the list 102, 204, whichever the other answer means."""
+    items = tuple(leaves.leaf(tokenize(group)) for group in answer.rstrip(".").split(","))
+    return Choice(answer, leaves.leaf([number]), Sequence(answer, "list", items))
 
 
 def _without_edges(tokens: list[Token]) -> list[Token]:

@@ -85,7 +85,7 @@ class Parser:
                 self._cursor.take("*")
                 value = value * self._signed()
             elif self._cursor.take("/"):
-                value = value / self._signed()
+                value = value / self._denominator()
             elif self._cursor.take("bmod"):
                 n, modulus = _integer(value, -math.inf, math.inf), _integer(self._signed(), 1, math.inf)
                 if self._starts_factor():
@@ -106,6 +106,19 @@ class Parser:
         if kind == "command":
             return not self._cursor.tokens[self._cursor.at].closes
         return kind in ("letters", "text") or text in ("(", "[", "{", "\\{")
+
+    def _denominator(self) -> Value:
+        """Reads what stands behind "/": letters side by side are one denominator, as in t/RC, but 1/2x is x/2."""
+        may_go_on = self._starts_letter()
+        value = self._signed()
+        while may_go_on and self._starts_letter():
+            value = value * self._factor()
+        return value
+
+    def _starts_letter(self) -> bool:
+        """Returns whether a letter comes next that is no function and neither i nor e."""
+        kind, text = self._cursor.kind(), self._cursor.peek()
+        return (kind == "letters" and text.casefold() not in FUNCTIONS and text[0] not in "ie") or text in GREEK
 
     def _signed(self) -> Value:
         negative = False

@@ -75,7 +75,7 @@ def shape(node):
         ("2 = 3", ("relation", "=")),
         (r"x \approx 11", "11"),
         (r"\frac13 \approx 0.33", ("choice", r"\frac {1}{3}", "0.33")),
-        (r"\pi \approx 3", r"\pi"),
+        (r"\pi \approx 3", r"\pi "),
         ("x < 3", ("region", "x", ("open", "open"))),
         (r"-2 \le x < 7", ("region", "x", ("closed", "open"))),
         (r"x \ne 3", ("region", "x", ("open", "open"), ("open", "open"))),

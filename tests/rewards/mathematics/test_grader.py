@@ -18,6 +18,24 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # numbers of three digits without blanks between them
+    ("102,204,306,408", "102, 204, 306, 408"),
+    ("408,306,204,102", "102, 204, 306, 408"),
+    ("102,204,306,408", r"\{102,204,306,408\}"),
+    ("100,101", r"101 \text{ and } 100"),
+    ("123,456", "123456"),
+    ("123,456", r"123{,}456"),
+    ("123,456.", r"\$123456"),
+    # letters side by side behind a fraction bar
+    (r"e^{-t/RC}", r"e^{-\frac{t}{RC}}"),
+    ("t/RC", r"\frac{t}{RC}"),
+    (r"e^{hc/\lambda kT}", r"e^{\frac{hc}{\lambda k T}}"),
+    ("a/b^2c", r"\frac{a}{b^2c}"),
+    ("1/2x", r"\frac{x}{2}"),
+    ("x/y(z+1)", r"\frac{x(z+1)}{y}"),
+    (r"t/\tau e^{-t}", r"\frac{t}{\tau}e^{-t}"),
+    (r"V/R \sin x", r"\frac VR\sin x"),
+    (r"a/bi", r"\frac ab i"),
     # a value and its decimal
     ("33.33", r"\frac{100}{3} \approx 33.33"),
     ("33.33", r"\frac{100}{3}\approx 33.33\text{ cm}"),
@@ -1271,6 +1289,16 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # numbers of three digits without blanks between them
+    ("123,456", "456,123"),
+    ("123,456", "123"),
+    ("102,204,306", "102,204"),
+    ("123,456", "579"),
+    ("1,234", "1, 234"),
+    # letters side by side behind a fraction bar
+    ("t/RC", r"\frac{tC}{R}"),
+    ("1/2x", r"\frac{1}{2x}"),
+    ("t/R*C", r"\frac{t}{RC}"),
     # a value and its decimal
     ("101", r"101 \approx 100"),
     ("100", r"101 \approx 100"),
