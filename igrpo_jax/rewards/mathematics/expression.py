@@ -105,7 +105,7 @@ class Parser:
             return False  # 28_9 is not a product
         if kind == "command":
             return not self._cursor.tokens[self._cursor.at].closes
-        return kind in ("letters", "text") or text in ("(", "[", "{", "\\{")
+        return kind in ("letters", "text", "name") or text in ("(", "[", "{", "\\{")
 
     def _denominator(self) -> Value:
         """Reads what stands behind "/": letters side by side are one denominator, as in t/RC, but 1/2x is x/2."""
@@ -181,6 +181,8 @@ class Parser:
             value = Value.symbol(derivative)
         elif kind in ("letters", "command", "text"):
             value = {"letters": self._letters, "command": self._command, "text": self._text}[kind]()
+        elif kind == "name":
+            value = Value.symbol(self._cursor.next())
         elif text in _CLOSINGS:
             value = self._group(_CLOSINGS[text])
         else:

@@ -149,10 +149,17 @@ def approximation(text: str, first: Node, last: Node) -> Node:
 
 def difference(left: list[Token], right: list[Token]) -> Value | None:
     """Returns left side minus right side, None if one of them cannot be read. Raises NoValue."""
+    if words.are_capitals(left + right):
+        left, right = ([_named(token) for token in side] for side in (left, right))
     try:
         return _side(left) - _side(right)
     except Unreadable:
         return None
+
+
+def _named(token: Token) -> Token:
+    """Returns a run of letters as one name, and any other token as it is."""
+    return token._replace(kind="name", text=token.text.strip()) if words.is_long_name(token) else token
 
 
 def has_words(tokens: list[Token]) -> bool:

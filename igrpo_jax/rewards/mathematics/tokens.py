@@ -31,7 +31,7 @@ GREEK = frozenset(_LETTER_NAMES.split())
 class Token(NamedTuple):
     """One token of a text."""
 
-    kind: str  # number, letters, command, text, mark
+    kind: str  # number, letters, command, text, mark; name for letters that are one symbol
     text: str  # a number's digits without separators; a command's name; the content of \text{…}; one character
     spaced: bool  # whether white space precedes it
 
@@ -54,7 +54,7 @@ _SAME_AS = {
     **{"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "neq": "ne"},
     **{"le": "leq", "leqslant": "leq", "ge": "geq", "geqslant": "geq"},
     **{"lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "lparen": "(", "rparen": ")"},
-    **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
+    **dict.fromkeys(("lvert", "rvert", "vert", "lVert", "rVert", "Vert", "mid"), "|"),
     **{"lt": "<", "gt": ">", "colon": ":", "ast": "*", "cdot": "*", "times": "*", "div": "/"},
     **{
         "degree": "circ",
