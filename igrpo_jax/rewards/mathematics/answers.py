@@ -13,7 +13,7 @@ Limit: MAX_PARTS.
 import itertools
 import re
 
-from igrpo_jax.rewards.mathematics import leaves, letters, regions, spoken, words
+from igrpo_jax.rewards.mathematics import leaves, letters, names, regions, spoken, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.nodes import Choice, Leaf, Matrix, Named, Node, Region, Relation, Sequence, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, split, tokenize
@@ -31,7 +31,7 @@ _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 def read(answer: str) -> Node | None:
     """Returns the structure of a bare answer, None for an empty one. Never raises."""
-    answer = _unwrapped(answer.strip().strip("*"))
+    answer = words.without_domain(_unwrapped(answer.strip().strip("*")))
     if _WORD.search(answer):
         day = words.date(answer)
         if day:
@@ -284,14 +284,14 @@ def _relation(tokens: list[Token], sides: list[list[Token]], signs: list[str], n
     """Reads an equation, inequality, approximation or membership."""
     text = latex(tokens)
     if signs[0] == "in":
-        if not words.is_name(sides[0], []):
+        if not names.is_name(sides[0], []):
             return Words(text, text)
         value, name = _read(tokens[len(sides[0]) + 1 :], nested + 1), latex(sides[0])
         if isinstance(value, Sequence) and value.kind[0] in "([":
             value = regions.region_of(value) or value
         return Region(text, name, value.pieces) if isinstance(value, Region) else Named(text, name, value, None)
     if {signs[0], signs[-1]} & {"approx", "simeq", "sim"}:
-        if words.is_name(sides[0], sides[1]):
+        if names.is_name(sides[0], sides[1]):
             sides = [side for side in sides[1:] if not _has_symbols(side)] or sides[1:]
         read = [_read_unlisted(side, nested + 1) for side in sides[:: max(len(sides) - 1, 1)]]  # the first and the last
         return leaves.approximation(text, *read) if len(read) > 1 else read[0]
@@ -315,12 +315,14 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
         difference = leaves.difference(left, right) if len(sides) == 2 else None
     except NoValue:  # a name may have none, as S_\infty
         hopeless = True
-    if words.is_name(left, right):
+    if names.is_name(left, right):
         explained = 0 if _has_symbols(right) else sum(1 for _ in itertools.takewhile(_has_symbols, sides[1:-1]))
         rest = tokens[sum(len(side) + 1 for side in sides[: 1 + explained]) :]  # A = bh/2 = 6 says that A = 6
-        return Named(text, latex(left), _read_unlisted(rest, nested + 1), difference)
+        renamed = names.with_argument_x(left, rest)
+        alias = Named(text, latex(renamed[0]), _read_unlisted(renamed[1], nested + 1), None) if renamed else None
+        return Named(text, latex(left), _read_unlisted(rest, nested + 1), difference, alias)
     is_constant = not any(token.kind == "letters" for token in left)
-    if len(sides) == 2 and is_constant and words.is_name(right, left):
+    if len(sides) == 2 and is_constant and names.is_name(right, left):
         return Named(text, latex(right), _read_unlisted(left, nested + 1), difference)
     values = [leaves.leaf(side) for side in sides]
     if all(leaves.symbols(leaf) == set() and leaves.agree(values[0], leaf) for leaf in values):
@@ -331,4 +333,4 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
 
 def _has_symbols(side: list[Token]) -> bool:
     """Returns whether a side of an equation is a formula with symbols, and no name."""
-    return not words.is_name(side, []) and bool(leaves.symbols(leaves.leaf(side)))
+    return not names.is_name(side, []) and bool(leaves.symbols(leaves.leaf(side)))

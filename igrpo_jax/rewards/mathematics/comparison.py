@@ -103,6 +103,8 @@ def _same_named(a: Named, b: Node) -> bool:
     if isinstance(b, Named):
         if a.name == b.name and same_answer(a.value, b.value):
             return True
+        if (a.alias or b.alias) and same_answer(a.alias or a, b.alias or b):
+            return True
         return a.equation is not None and b.equation is not None and _same_equation(a.equation, b.equation)
     if isinstance(b, Relation):
         return b.sign == "=" and None not in (a.equation, b.difference) and _same_equation(a.equation, b.difference)

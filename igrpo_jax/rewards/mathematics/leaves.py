@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from igrpo_jax.rewards.mathematics import exact, expression, regions, units, words
+from igrpo_jax.rewards.mathematics import exact, expression, names, regions, units, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.nodes import Choice, Leaf, Node, Ratio, Region, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, Unreadable, latex, split
@@ -149,7 +149,7 @@ def approximation(text: str, first: Node, last: Node) -> Node:
 
 def difference(left: list[Token], right: list[Token]) -> Value | None:
     """Returns left side minus right side, None if one of them cannot be read. Raises NoValue."""
-    if words.are_capitals(left + right):
+    if names.are_capitals(left + right):
         left, right = ([_named(token) for token in side] for side in (left, right))
     try:
         return _side(left) - _side(right)
@@ -159,7 +159,7 @@ def difference(left: list[Token], right: list[Token]) -> Value | None:
 
 def _named(token: Token) -> Token:
     """Returns a run of letters as one name, and any other token as it is."""
-    return token._replace(kind="name", text=token.text.strip()) if words.is_long_name(token) else token
+    return token._replace(kind="name", text=token.text.strip()) if names.is_long_name(token) else token
 
 
 def has_words(tokens: list[Token]) -> bool:
@@ -169,6 +169,6 @@ def has_words(tokens: list[Token]) -> bool:
 
 def _side(tokens: list[Token]) -> Value:
     """Returns the value of one side of a relation. g(x) alone is one symbol."""
-    if words.is_applied(tokens) and tokens[0].text in words.FUNCTION_LETTERS:
+    if names.is_applied(tokens) and tokens[0].text in names.FUNCTION_LETTERS:
         return Value.symbol(latex(tokens))
     return expression.value_of(tokens)

@@ -50,6 +50,7 @@ class Named(Node):
     name: str
     value: Node
     equation: Value | None  # left side minus right side
+    alias: "Named | None" = None  # f(x) = x^2 for f(n) = n^2
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,13 @@ def root(value: Value, degree: int) -> Value:
     try:
         if imaginary or (c < 0 and degree % 2 == 0 and degree != 2):
             raise NotFactored
-        if any(loses_sign(name, power, degree) for name, power in symbols):
-            raise NotFactored
         powers = {prime: Fraction(p) for prime, p in roots}
         for prime, p in primes(abs(c), degree):
             powers[prime] = powers.get(prime, Fraction(0)) + p
+        exponents = [*powers.values(), *(Fraction(p) for name, p in symbols)]
+        is_power = all((p / degree).denominator == 1 for p in exponents)  # √(x²) is |x|, but √(2x²) is x·√2
+        if is_power and any(loses_sign(name, power, degree) for name, power in symbols):
+            raise NotFactored
     except NotFactored:
         return named("pow", value, Fraction(1, degree))
     taken = tuple((name, Fraction(p) / degree) for name, p in symbols)

@@ -18,6 +18,22 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # functions for all arguments, and roots of products
+    (r"f(x)=x \text{ for all } x", "f(x)=x"),
+    (r"f(x)=x,\ \forall x\in\mathbb{R}", "f(x)=x"),
+    (r"f(x) = x \quad \forall x \in \mathbb R", "f(x)=x"),
+    (r"f(n)=n \text{ for all positive integers } n", "f(n)=n"),
+    (r"f(x)=2x+1 \text{ for every real number } x", "2x+1"),
+    ("f(x)=x for all real numbers x", "f(x)=x"),
+    (r"x^3-6x^2+11x-6 \text{ for all } x", "x^3-6x^2+11x-6"),
+    (r"\text{for all real numbers}", r"\mathbb{R}"),
+    ("f(x)=x", "f(n)=n"),
+    ("f(x)=2x+1", "f(t)=2t+1"),
+    ("f(t) = at^2", "f(s) = as^2"),
+    (r"f(n)=\sin n+n^2", r"f(x)=\sin x+x^2"),
+    (r"\sqrt{4\pi G\rho_0 r_0^2}", r"2r_0\sqrt{\pi G\rho_0}"),
+    (r"a\sqrt2", r"\sqrt{2a^2}"),
+    (r"\sqrt{x^2y}", r"x\sqrt y"),
     # names of several letters, and other names of values
     (r"AE = \frac{AB}{2}", r"\frac{AB}{2}"),
     (r"MRS=\frac{2C}{3S}", r"\frac{2C}{3S}"),
@@ -1324,6 +1340,23 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # functions for all arguments, and roots of products
+    (r"f(x)=x \text{ for all } x > 0", "f(x)=x"),
+    (r"f(x)=x \text{ for all } x \ne 2", "f(x)=x"),
+    (r"f(x)=x \text{ for all negative } x", "f(x)=x"),
+    (r"f(x)=x \text{ for all } x \text{ except } 2", "f(x)=x"),
+    (r"5 \text{ for all } x \text{ or } 6", "5"),
+    ("f(x)=x", "f(n)=x"),
+    ("f(x)=x", "g(n)=n"),
+    ("f(t)=at", "f(a)=ta"),
+    ("f(n)=nx", "f(x)=x^2"),
+    ("f(n)=nx", "f(m)=mm"),
+    ("f(x)=2x", "f(n)=n"),
+    (r"|x|", r"x"),
+    (r"\sqrt{x^2}", "x"),
+    (r"\sqrt{4x^2}", "2x"),
+    (r"|x|\sqrt2", r"x\sqrt2"),
+    (r"\sqrt[4]{x^2}", r"x"),
     ("A = A + 5", "A + 5"),
     # names of several letters, and other names of values
     ("MR=SRMC", "MR=SMRC"),
