@@ -9,6 +9,15 @@ from igrpo_jax.rewards.mathematics import extraction
 from igrpo_jax.rewards.mathematics.extraction import extract
 
 EXTRACTED = [
+    # headings without a colon
+    ("**Final Answer**\n\n\\(\\frac12\\)", r"\frac12"),
+    ("**Final Answer**\n\\[\\frac12\\]", r"\frac12"),
+    ("### Final Answer\n\n$$\n\\frac12\n$$", r"\frac12"),
+    ("## Answer\n\n**1/2**", "1/2"),
+    ("## Final Answer\n\n**5**\n\nDone.", "5"),
+    ("**Answer**\n**5**", "5"),
+    ("**Answer**\n$x+1$", "x+1"),
+    ("**Answer**\nSome words.", None),
     (r"$\text{The answer is } \$18$", r"\$18"),
     ("<answer>The first root is 5, the second is 6.</answer>", "The first root is 5, the second is 6."),
     ("<answer>The first is 5.\nThe second is 6.</answer>", "The first is 5.\nThe second is 6."),
