@@ -105,7 +105,7 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
     kinds, region = set(separators), None
     if kinds == {"or"} and any(isinstance(item, Region) for item in items):
         region = regions.united(text, items)
-    elif kinds == {"and"}:
+    elif kinds == {"and"} or (kinds <= {",", "and"} and any(map(regions.lacks_a_point, items))):
         region = regions.intersected(text, items)
     if {";", "and", "or"} & kinds and "," in kinds:
         items = _systems(tokens, nested) or items

@@ -171,7 +171,8 @@ def _same_sequences(a: Sequence, b: Sequence) -> bool:
     if _is_ordered(a) and b.kind == "set" and len(b.items) == 1 and isinstance(b.items[0], Sequence):
         return same_answer(a, b.items[0])  # the set of one solution (1, 2)
     if _is_ordered(a):
-        return a.kind == "()" and b.kind == "list" and _in_order(a.items, _by_name(b.items))
+        is_point = a.kind == "()" or (a.kind == "[]" and len(a.items) > 2)
+        return is_point and b.kind == "list" and _in_order(a.items, _by_name(b.items))
     if {a.kind, b.kind} != {"set"}:
         # x_1 and x_2 are roots in any order.
         names = ([item.name for item in side.items if isinstance(item, Named)] for side in (a, b))
@@ -226,6 +227,8 @@ def _matched(a: list[Node], b: list[Node]) -> bool:
 
 def _same_matrix(a: Matrix, b: Node) -> bool:
     if isinstance(b, Matrix):
+        if len(a.rows) != len(b.rows) and _vector(a):
+            return _in_order(_vector(a), _vector(b))
         return len(a.rows) == len(b.rows) and all(map(_in_order, a.rows, b.rows))
     return _is_vector(_vector(a), b) if isinstance(b, Leaf) and b.value is not None else _asked(a, b)
 

@@ -99,6 +99,14 @@ def intersected(text: str, nodes: list[Node]) -> Region | None:
     return _joined(text, nodes[0].name, nodes, set.intersection)
 
 
+def lacks_a_point(node: Node) -> bool:
+    """Returns whether a node says x ≠ 2. What stands beside it, as in x ≥ 0, x ≠ 2, holds at the same time."""
+    if not isinstance(node, Region) or len(node.pieces) != 2 or not node.name:
+        return False
+    (low, _, before, _), (after, _, high, _) = node.pieces
+    return low is None and high is None and before is after
+
+
 def without(text: str, base: Node, points: Node) -> Region | None:
     """Returns a region without the points of another, None if nothing is left or one of them is not a region."""
     regions = [region_of(base), region_of(points)]

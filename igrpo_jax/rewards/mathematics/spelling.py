@@ -87,9 +87,13 @@ _INTERVAL = re.compile(r"([\[\]])([^\[\],;(){}]+[,;][^\[\],;(){}]+)([\[\]])")
 
 _DOTS = re.compile(r"(?<=[^\s.])\s*\.{2,}")  # 0.333... goes on, unlike ...0.333
 
+_ANGLED = re.compile(r"\s*(?:\\left\s*)?<(?=[^<>=]*,)([^<>=]*?)(?:\\right\s*)?>\s*")  # a vector: <1,2>
 _ANGSTROM = re.compile(r"\\AA(?![A-Za-z])")
 _UNION = re.compile(r"(?<=[)\]])\s*U\s*(?=(?:\\left\s*)?[(\[])")  # (-\infty, 1] U [2, 3]
 _DEGREE = re.compile(r"(\^\s*\{?\s*)?\\(?:text)?degree(?![A-Za-z])")
+_TEXT = r"\\(?:text|textrm|mathrm|mbox|rm)\s*\{\s*"
+_TEXT_SIGN = re.compile(rf"{_TEXT}(\\?%|\^\\circ)\s*\}}")  # 25\text{\%}
+_RAISED_O = re.compile(rf"(?<=[\d}}])\s*\^\s*(?:o(?![A-Za-z])|\{{\s*o\s*\}}|\{{?\s*{_TEXT}o\s*\}}\s*\}}?)")  # 45^o
 _TIMES = re.compile(r"(?<=\d)\s*(?:[xX]|\\text\s*\{\s*[xX]\s*\})\s*(?=10\s*\^)")  # 4.5 x 10^33
 
 
@@ -106,8 +110,12 @@ def normal(source: str) -> str:
         source = _TIMES.sub(r"\\times ", source)
     if "\\AA" in source:
         source = _ANGSTROM.sub("Å", source)
+    if "<" in source:
+        source = _ANGLED.fullmatch(source).expand(r"\\langle \1\\rangle") if _ANGLED.fullmatch(source) else source
     if "U" in source:
         source = _UNION.sub(r"\\cup ", source)
+    if "%" in source or "^" in source:
+        source = _RAISED_O.sub(r"^\\circ ", _TEXT_SIGN.sub(r"\1", source))
     if "degree" in source:
         source = _DEGREE.sub(lambda match: f"{match[1] or '^'}\\circ ", source)
     if "\\" in source:

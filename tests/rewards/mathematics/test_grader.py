@@ -18,6 +18,28 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # signs in \text, degrees with a letter
+    (r"25\text{\%}", r"25\%"),
+    (r"25\text{%}", r"25\%"),
+    (r"25\mathrm{\%}", "25"),
+    ("45\\text{°}", r"45^\circ"),
+    ("45^o", r"45^\circ"),
+    ("45^{o}", r"45^\circ"),
+    (r"45^{\text{o}}", "45"),
+    (r"45^\text{o}", "45"),
+    (r"\sin 30^o", r"\frac12"),
+    # domains without points, rows and columns, angle brackets
+    (r"x\ne\pm2", r"(-\infty,-2)\cup(-2,2)\cup(2,\infty)"),
+    (r"x \neq 1, x \neq -1", r"(-\infty,-1)\cup(-1,1)\cup(1,\infty)"),
+    (r"\{x \in \mathbb{R} : x \neq \pm 1\}", r"(-\infty,-1)\cup(-1,1)\cup(1,\infty)"),
+    (r"x\ge0, x\ne2", r"[0,2)\cup(2,\infty)"),
+    (r"\{x : x\ge0, x\neq2\}", r"[0,2)\cup(2,\infty)"),
+    (r"x\ge0, x\ne2", r"x\ge0 \text{ and } x\ne2"),
+    (r"\begin{pmatrix}3&-1\end{pmatrix}", r"\begin{pmatrix}3\\-1\end{pmatrix}"),
+    (r"\left<3,-1,2\right>", r"\begin{pmatrix}3\\-1\\2\end{pmatrix}"),
+    (r"\left< 3, -1, 2 \right>", "(3,-1,2)"),
+    ("<3,-1,2>", r"\langle 3,-1,2\rangle"),
+    ("[1,2,3]", "1,2,3"),
     # functions for all arguments, and roots of products
     (r"f(x)=x \text{ for all } x", "f(x)=x"),
     (r"f(x)=x,\ \forall x\in\mathbb{R}", "f(x)=x"),
@@ -1340,6 +1362,25 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # signs in \text, degrees with a letter
+    (r"25\text{\%}", "2500"),
+    ("45^o", "46"),
+    ("45^o", "45^0"),
+    (r"2^{\text{o}}", "2 o"),
+    # domains without points, rows and columns, angle brackets
+    (r"x\ne\pm2", r"(-\infty,-2)\cup(2,\infty)"),
+    (r"x\ne\pm2", r"-2,2"),
+    (r"x\ge0, x\ne2", r"[0,\infty)"),
+    (r"x\ge0, x\ne2", r"(2,\infty)"),
+    (r"x<0, x>2", r"0<x<2"),
+    (r"x>0, x<2", "x>0"),
+    (r"x\ge0, y\ne2", r"[0,2)\cup(2,\infty)"),
+    (r"x\ne2 \text{ or } x\ne-2", r"(-\infty,-2)\cup(-2,2)\cup(2,\infty)"),
+    (r"\begin{pmatrix}3&-1\end{pmatrix}", r"\begin{pmatrix}-1\\3\end{pmatrix}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2&3&4\end{pmatrix}"),
+    (r"\left<3,-1,2\right>", "(3,-1,-2)"),
+    ("[1,3]", "1,3"),
+    ("[1,2,3]", "3,2,1"),
     # functions for all arguments, and roots of products
     (r"f(x)=x \text{ for all } x > 0", "f(x)=x"),
     (r"f(x)=x \text{ for all } x \ne 2", "f(x)=x"),
