@@ -230,7 +230,8 @@ def _set(text: str, content: list[Token], nested: int) -> Node:
     halves, bars = split(content, {"|", ":"})
     if len(bars) == 1 and all(halves):
         condition = _read(halves[1], nested + 1)
-        if isinstance(condition, Region):
+        is_bare = len(halves[0]) == 1 or halves[0][1].is_in(("in",))  # {x^2 : x > 3} is another set than {x : x > 3}
+        if isinstance(condition, Region) and is_bare and condition.name.strip(" \\") in ("", halves[0][0].text):
             return condition
         if latex(halves[1][1:]) == _INTEGERS:
             content = _renamed(halves[0], halves[1][0].text)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
-from igrpo_jax.rewards.mathematics import exact, regions, symbolic, units
+from igrpo_jax.rewards.mathematics import derivatives, exact, regions, symbolic, units
 from igrpo_jax.rewards.mathematics.exact import Value
 from igrpo_jax.rewards.mathematics.nodes import (
     Choice,
@@ -126,6 +126,9 @@ def _same_relation(a: Relation, b: Node) -> bool:
 
 def _same_equation(a: Value, b: Value) -> bool:
     """Returns whether a = 0 and b = 0 are the same equation: one is a multiple of the other, denominators aside."""
+    primes = [any(name.endswith("'") for name in side.symbols()) for side in (a, b)]
+    if primes[0] != primes[1]:
+        a, b = (a, derivatives.primed(b, a.symbols())) if primes[0] else (derivatives.primed(a, b.symbols()), b)
     if exact.proportional(a, b) is not None:
         return True
     return exact.proportional(exact.cleared(a), exact.cleared(b)) is not None

@@ -6,6 +6,7 @@ A dot stands for the derivative by t: \dot{x} is dx/dt. Not here: derivatives th
 
 import re
 
+from igrpo_jax.rewards.mathematics.exact import UNIT, Value
 from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token, Unreadable, latex
 
 _DOTS = {"dot": 1, "ddot": 2}
@@ -23,6 +24,7 @@ _UNREAD = re.compile(
     rf"\\frac ?\{{{_LATEX_D}((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}"
     rf"\{{(?:{_LATEX_D} ?(?:([A-Za-z])|\\[A-Za-z]+ )(?:\^(?:\d|\{{\d\}}))?)+\}}"
 )
+_NAMED = re.compile(r"d(?P<order>[123])/d(?P<by>[a-z])(?P=order) (?P<of>\w+)")  # as `_symbol` names them
 _SYMBOL = re.compile(r"(?<!\\)\b[A-Za-z]+")
 
 
@@ -47,6 +49,29 @@ def quotient(cursor: Cursor) -> str | None:
 def dotted(accent: str, variable: str) -> str:
     r"""Returns the symbol of \dot{x} or \ddot{x}, and of other accents, such as \hat{x}, a symbol of their own."""
     return _symbol("d", _DOTS[accent], "t", variable) if accent in _DOTS else f"{accent} {variable}"
+
+
+def primed(value: Value, others: set[str]) -> Value:
+    """Returns an equation with y' in place of dy/dt, if it may be compared with one in y' that has the other symbols.
+
+    All derivatives must be by one variable, and y' = 2x, which is likely dy/dx, is not compared with dy/dt.
+    """
+    found = {name: match for name in value.symbols() if (match := _NAMED.fullmatch(name))}
+    variables = {match["by"] for match in found.values()}
+    if len(variables) != 1 or not (variables <= others or others.isdisjoint({"x", "t"} - variables - _of(found))):
+        return value
+    names = {name: match["of"] + "'" * int(match["order"]) for name, match in found.items()}
+    renamed = lambda symbols: tuple(sorted((names.get(name, name), power) for name, power in symbols))
+    top, bottom = (
+        {(imaginary, roots, renamed(symbols)): c for (imaginary, roots, symbols), c in part.items()}
+        for part in (value.numerator, value.denominator)
+    )
+    return Value(top, UNIT if value.denominator is UNIT else bottom, value.opaque)
+
+
+def _of(found: dict[str, re.Match]) -> set[str]:
+    """Returns what is differentiated."""
+    return {match["of"] for match in found.values()}
 
 
 def is_misread(answer: str) -> bool:

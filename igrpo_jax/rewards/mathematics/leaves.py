@@ -134,7 +134,7 @@ def approximation(text: str, first: Node, last: Node) -> Node:
     if first.percent != last.percent:
         scales[last.percent] /= 100
     numbers = [exact.approximate(node.value) for node in (first, last)]
-    if None in numbers:
+    if None in numbers or any(number.imag for number in numbers):
         return first
     a, b = (number * scale for number, scale in zip(numbers, scales, strict=True))
     steps = [

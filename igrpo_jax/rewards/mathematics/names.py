@@ -97,9 +97,9 @@ def _is_operation(tokens: list[Token], value: list[Token]) -> bool:
 def _without_power(tokens: list[Token]) -> list[Token]:
     """Returns |z|^2 as |z| and A^{-1} as A."""
     texts = [token.text for token in tokens]
-    if texts[0] == "|" and texts[-3:] in (["|", "^", texts[-1]], ["{", texts[-2], "}"]):
-        at = len(texts) - 1 - texts[::-1].index("|")
-        return tokens[: at + 1] if texts[at + 1 : at + 2] == ["^"] else tokens
+    end = len(texts) - texts[::-1].index("|") if texts[0] == "|" else 0  # behind the last bar
+    if texts[end : end + 1] == ["^"] and (len(texts) == end + 2 or texts[end + 1 :: 2] == ["{", "}"]):
+        return tokens[:end]
     return tokens[:-5] if texts[-5:] == _INVERSE and texts[0].strip().isupper() else tokens
 
 

@@ -18,6 +18,15 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # primes and quotients of differentials, sets by a condition
+    (r"y^{\prime}+r y-r x(t)=0", r"\frac{dy}{dt}+ry=rx(t)"),
+    (r"y^{\prime}+r y-r x(t)=0", r"\dot{y} = r(x(t) - y)"),
+    (r"x^{\prime}+\frac{r}{V} x-r c=0", r"\frac{dx}{dt}=rc-\frac{rx}{V}"),
+    (r"\frac{d x}{d t}=k x-a", "x' = kx-a"),
+    (r"m \frac{d v}{d t}+b v=f", "mv'+bv=f"),
+    (r"y''+4y=0", r"\frac{d^2y}{dx^2}=-4y"),
+    ("y'=2x", r"\frac{dy}{dx}=2x"),
+    (r"\{x \in \mathbb{R} : x > 3\}", r"(3,\infty)"),
     # signs in \text, degrees with a letter
     (r"25\text{\%}", r"25\%"),
     (r"25\text{%}", r"25\%"),
@@ -1362,6 +1371,16 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # primes and quotients of differentials, sets by a condition
+    (r"\frac{dy}{dx}+y=0", r"\frac{dy}{dt}+y=0"),
+    ("y'+y=0", r"\frac{d^2y}{dt^2}+y=0"),
+    ("y'+y=0", r"\frac{dx}{dt}+x=0"),
+    ("y'+y=0", r"\frac{dy}{dt}-y=0"),
+    ("y'=2x", r"\frac{dy}{dt}=2x"),
+    ("y'+z'=0", r"\frac{dy}{dt}+\frac{dz}{dx}=0"),
+    ("y'+y=0", r"\frac{\partial y}{\partial t}+y=0"),
+    (r"\{x^2 : x > 3\}", r"(3,\infty)"),
+    (r"\{x+1 : x > 3\}", r"x>3"),
     # signs in \text, degrees with a letter
     (r"25\text{\%}", "2500"),
     ("45^o", "46"),
@@ -2625,6 +2644,13 @@ def test_decided_without_sympy(prediction, gold, monkeypatch):
 def test_decided_by_sympy(prediction, gold, verdict):
     assert equivalent(prediction, gold) is verdict
     assert equivalent(gold, prediction) is verdict
+
+
+@pytest.mark.parametrize(
+    "piece", [r"|\approx 1", "|=1", "|^=1", "|^{=1", r"\max=1", r"\sum=", "f'=1", "'=1", r"\gcd(", r"\{\}+1"]
+)
+def test_pieces_of_names_raise_nothing(piece):
+    assert equivalent(piece, "5") is False
 
 
 def test_a_long_list_of_garbage_is_compared_with_the_reference_alone(monkeypatch):
