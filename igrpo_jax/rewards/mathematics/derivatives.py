@@ -52,7 +52,7 @@ def dotted(accent: str, variable: str) -> str:
 
 
 def primed(value: Value, others: set[str]) -> Value:
-    """Returns an equation with y' in place of dy/dt, if it may be compared with one in y' that has the other symbols.
+    """Returns an equation with y' instead of dy/dt, if it may be compared with one in y' that has the other symbols.
 
     All derivatives must be by one variable, and y' = 2x, which is likely dy/dx, is not compared with dy/dt.
     """

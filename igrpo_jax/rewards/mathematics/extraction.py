@@ -219,7 +219,7 @@ def _stated(text: str, phrase: re.Match) -> str | None:
 
 
 def _of_sentence(block: str) -> str:
-    """Returns what a block says where it is one sentence, as "The total is 18."; any other block as it is."""
+    """Returns what a block says if it is one sentence, as "The total is 18."; any other block as it is."""
     _, *more = _CLAUSE.split(block, maxsplit=1)
     is_one = len(block) <= MAX_STATEMENT and "\n" not in block and not _MORE.search("".join(more))
     is_said = (_IS.search(block) or _FILLERS.match(block)) and not _DENIED.search(block)

@@ -14,10 +14,13 @@ Conventions, where usage differs:
 - 28% equals both 28 and 0.28, because data sets write the same answer in all three ways, but not 0.28%.
 - A decimal is exact: 0.333 is not 1/3, and 1.41421356 is not √2. A tolerance would reward rounding a right answer and
   guessing a near one. 0.\overline{3} is 1/3. 0.333... goes on in a way that it does not say: it equals its own text.
+  100/3 \approx 33.33 is both, because the second is the first one rounded; 101 \approx 100 is two guesses.
 - 1,234 is one thousand two hundred thirty-four, and so is 1{,}234; 3{,}5 is 3.5. A bare comma before one, two, four or
-  more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2.
+  more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2. 102,204 without blanks is a number or a
+  list, whichever the other side means.
 - Numbers side by side, or a number behind another factor, are not a product: 2 2, \frac12 12 and x 3 have no value, and
-  neither has 3\frac53, which is not a mixed number.
+  neither has 3\frac53, which is not a mixed number. Letters behind a slash are one denominator: t/RC is t/(RC), while
+  1/2x is x/2.
 - A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, unless one
   converts to the other exactly and in one system: 5 g is 0.005 kg. Degrees are not radians, but sin 30° is in degrees.
 - 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product. So are 700 nm,
@@ -25,19 +28,27 @@ Conventions, where usage differs:
 - Words behind a number are a unit only where they can't change it: 5 apples is 5, "5 hundred" is 500, "5 or more" is
   no number. "total", "each", "left" and "remaining" say nothing about it. Numbers in words are numbers: "two and a
   half" is 2.5.
-- `x = 5` equals 5, and `f(x) = …` and `a_n = …` their right sides. `x = 5` is not `y = 5`. `2x + z = 1` is an equation
-  and nothing else, equal to its multiples. Where several named values meet unnamed ones, the order counts, x_1 and x_2
-  aside.
-- dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is not a quotient.
+- `x = 5` equals 5, and `f(x) = …`, `f'(2) = …`, `a_n = …`, `\tan\theta = …`, `\gcd(a,b) = …` and `\sum … = …` their
+  right sides. `x = 5` is not `y = 5`, but f(x) = x is f(n) = n, and "for all x" behind it says nothing. `2x + z = 1`,
+  m + n = 5 and \ln x = 5 are equations and nothing else, equal to their multiples. Where several named values meet
+  unnamed ones, the order counts, x_1 and x_2 aside.
+- dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is not a quotient. In equations so is x', if nothing
+  speaks for another variable. y'(t) is y' times t: arguments of unknown functions are not dropped.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare
   list equals a set, and it equals a tuple in the same order. A tuple is not a set. (a, b) is a pair or an interval,
   depending on the other side. A column equals a row vector, ⟨a, b⟩ and (a, b). ± stands for both values. The answer
   "1/2 or 0.5" is one value.
 - A single letter equals `(D)`, `D.`, `(D) Alina`, `D: Alina` and "Option D", but no text that names a second letter.
   Words are compared without case; a single letter keeps its case.
-  Words of four and more letters, and capitals such as CD, are names and not products.
+  Words of four and more letters, and capitals such as CD, are names and not products. In equations of nothing else
+  they are one symbol each: MR = SRMC is not MR = SMRC.
 - k, m or n beside π stands for any integer: kπ, nπ and (k + 1)π are the same answer.
-- Symbols under roots are read as positive. log without a base is not taken for ln. 2:4 is 1:2, but not as times of day.
+- Symbols under roots and logarithms are read as positive: \sqrt{2a^2} is a\sqrt2 and \ln\frac ab is \ln a - \ln b. But
+  \sqrt{x^2} is |x|, and \ln x^2 is 2\ln|x|. \cot^{-1} and \sinh^{-1} are inverse functions, and log without a base is
+  not taken for ln.
+- 2:4 is 1:2, but not as times of day.
+- \gcd(m,n), lcm and \{x\} in an expression are functions of integers and the fractional part, never of polynomials.
+- x \ne \pm2 and x \ge 0, x \ne 2 hold at the same time; x < 0, x > 2 may be meant either way and is a list.
 - Digits in a base need their base: 52_8 is neither 52 nor 42. "52 (base 8)" is 52_8.
 
 Not here: limits on time and memory (`rewards/pool`). Model text is never evaluated as Python. No jax; sympy is imported

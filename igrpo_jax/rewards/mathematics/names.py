@@ -32,7 +32,7 @@ def is_applied(tokens: list[Token]) -> bool:
 
 
 def _argument(tokens: list[Token]) -> list[Token]:
-    """Returns the (x) of f(x), and nothing where the tokens are no application of a function."""
+    """Returns the (x) of f(x), and nothing if the tokens are no application of a function."""
     if not tokens or not (tokens[0].kind == "letters" or tokens[0].is_in(GREEK)):
         return []
     rest = _without_subscripts(tokens[1:])
@@ -44,7 +44,7 @@ def _argument(tokens: list[Token]) -> list[Token]:
 
 
 def with_argument_x(left: list[Token], right: list[Token]) -> tuple[list[Token], list[Token]] | None:
-    """Returns the sides of f(n) = n^2 as those of f(x) = x^2, None where there is nothing to rename."""
+    """Returns the sides of f(n) = n^2 as those of f(x) = x^2, None if there is nothing to rename."""
     argument = _argument(left)
     letter = argument[1].text if len(argument) == 3 and argument[1].kind == "letters" else ""
     runs = "".join(token.text for token in right if token.kind == "letters" and token.text not in FUNCTIONS)

@@ -15,7 +15,7 @@ class NotFactored(NoValue):
 
 @functools.lru_cache(maxsize=4096)
 def factors(n: int) -> tuple[tuple[int, int], ...]:
-    """Returns the prime factors of n ≥ 1 with their powers. Raises NotFactored where trial division fails."""
+    """Returns the prime factors of n ≥ 1 with their powers. Raises NotFactored if trial division fails."""
     if n.bit_length() > 16_000:
         raise NotFactored("too large to factor")
     found, divisor, end = [], 2, _MAX_DIVISOR if n.bit_length() < 512 else 1_000
@@ -35,7 +35,7 @@ def factors(n: int) -> tuple[tuple[int, int], ...]:
 
 
 def root(value: Value, degree: int) -> Value:
-    """Returns the real root where there is one (∛-8 = -2), else the principal root. Raises NoValue."""
+    """Returns the real root if there is one (∛-8 = -2), else the principal root. Raises NoValue."""
     if value.denominator is not UNIT:
         top = root(Value(value.numerator, opaque=value.opaque), degree)
         return top / root(Value(value.denominator, opaque=value.opaque), degree)
