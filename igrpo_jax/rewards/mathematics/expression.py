@@ -189,6 +189,9 @@ class Parser:
             raise Unreadable
         self._depth -= 1
         if kind == "mark" and text in ("|", "\\{"):
+            constant = value.constant()
+            if text == "\\{" and constant is not None and constant.denominator == 1:
+                raise Unreadable  # a set, as in \mathbb{Z} - \{0\}
             return functions.function("abs", value) if text == "|" else functions.fractional_part(value)
         return value
 

@@ -137,12 +137,12 @@ def approximation(text: str, first: Node, last: Node) -> Node:
     if None in numbers or any(number.imag for number in numbers):
         return first
     a, b = (number * scale for number, scale in zip(numbers, scales, strict=True))
-    steps = [
-        scale * 10.0 ** (int(match[2] or 0) - len(match[1] or ""))
+    steps = [  # how far apart they may be: an integer is rounded, decimals may be cut off
+        scale * 10.0 ** (int(match[2] or 0) - len(match[1] or "")) * (0.99 if match[1] else 0.5)
         for node, scale in ((last, scales[1]), (first, scales[0]))
         if (match := _ROUNDED.fullmatch(node.text))
     ]
-    if not steps or abs(a - b) >= steps[0] or not units.agree(first.unit, last.unit):
+    if not steps or abs(a - b) > steps[0] or not units.agree(first.unit, last.unit):
         return Leaf(text, None, hopeless=True)
     return Choice(text, first, last) if abs(a - b) <= 0.0101 * abs(a) else first
 

@@ -51,9 +51,9 @@ def root(value: Value, degree: int) -> Value:
         powers = {prime: Fraction(p) for prime, p in roots}
         for prime, p in primes(abs(c), degree):
             powers[prime] = powers.get(prime, Fraction(0)) + p
-        exponents = [*powers.values(), *(Fraction(p) for name, p in symbols)]
-        is_power = all((p / degree).denominator == 1 for p in exponents)  # √(x²) is |x|, but √(2x²) is x·√2
-        if is_power and any(loses_sign(name, power, degree) for name, power in symbols):
+        others = [*powers.values(), *(Fraction(p) for name, p in symbols if not loses_sign(name, p, degree))]
+        is_alone = all((p / degree).denominator == 1 for p in others)  # √(x²) is |x|, but √(2x²) is x·√2
+        if is_alone and any(loses_sign(name, power, degree) for name, power in symbols):
             raise NotFactored
     except NotFactored:
         return named("pow", value, Fraction(1, degree))

@@ -18,6 +18,8 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    (r"66.66", r"\frac{200}{3} \approx 66.66"),
+    (r"67", r"\frac{200}{3} \approx 67"),
     # primes and quotients of differentials, sets by a condition
     (r"y^{\prime}+r y-r x(t)=0", r"\frac{dy}{dt}+ry=rx(t)"),
     (r"y^{\prime}+r y-r x(t)=0", r"\dot{y} = r(x(t) - y)"),
@@ -1371,6 +1373,15 @@ SAME = [
 ]
 
 DIFFERENT = [
+    (r"\sqrt[4]{x^2}", r"\sqrt x"),
+    (r"\sqrt{4x^2y^2}", "2xy"),
+    # sets that are no fractional parts, rounding that is none, letters in names
+    (r"\mathbb{Z}-\{0\}", r"\mathbb{Z}"),
+    (r"A-\{0\}", "A"),
+    (r"\{1\}+\{2\}", "3"),
+    (r"141.1 \approx 142", "142"),
+    (r"\frac{200}{3} \approx 66", "66"),
+    ("f(p)=pi p", "f(x)=xi x"),
     # primes and quotients of differentials, sets by a condition
     (r"\frac{dy}{dx}+y=0", r"\frac{dy}{dt}+y=0"),
     ("y'+y=0", r"\frac{d^2y}{dt^2}+y=0"),
