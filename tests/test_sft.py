@@ -87,7 +87,7 @@ def test_more_steps_and_another_base_are_noticed(settings, tmp_path, capsys):
     settings = replace(settings, model=model, steps=1)
     sft.train_sft(settings, tmp_path / "run")
     sft.train_sft(replace(settings, steps=2), tmp_path / "run")
-    told = "2 steps in place of 1: the learning rate rises and falls as in a run of 2 steps from now on"
+    told = "2 steps instead of 1: the learning rate rises and falls as in a run of 2 steps from now on"
     assert told in capsys.readouterr().out
     edit_tensors(folder, lambda tensors: tensors.update({name: -x for name, x in tensors.items()}))
     message = error_of(sft.train_sft, replace(settings, steps=3), tmp_path / "run")

@@ -226,7 +226,7 @@ class LearnerPrograms:
 
     @property
     def abstract_rollout_params(self) -> decoder.Params:
-        """What `Learner.policy` returns, as abstract arrays."""
+        """What `Learner.rollout_params` returns, as abstract arrays."""
         return lora.attach(self.frozen, self.state.params, self.config.model.lora.scaling)
 
     @property
