@@ -35,6 +35,7 @@ from igrpo_jax.outputs import weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.workdir import LOCK, locked, prepare_workdir
+from igrpo_jax.probe import __main__ as probe
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling import layout
 
@@ -604,6 +605,8 @@ def test_a_run_is_not_exported_or_asked_with_other_prompts(call, byte_model, fol
     asked = ["--benchmarks=mine", f"--config.evaluation.data_dir={folder}", "--workdir", tmp_path / "out"]
     assert told in call(evaluate, "--model", workdir, *asked, code=2) and not (tmp_path / "out").exists()
     assert told in call(generate, "--model", workdir, "--prompt=1+2", code=2)
+    data = folder / "mine.jsonl"
+    assert told in call(probe, "--model", workdir, "--data", data, "--workdir", tmp_path / "probe", code=2)
     record = json.loads((workdir / weights.FIRST).read_text())
     (workdir / weights.FIRST).write_text(json.dumps({name: record[name] for name in ("path", "fingerprint")}))
     export.export(workdir, tmp_path / "after")

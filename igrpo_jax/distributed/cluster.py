@@ -9,7 +9,7 @@ They meet at process 0, by flags or by what Slurm, Open MPI or a TPU pod says of
 tells the others which phase it is in (`peers`), through the key-value store of jax.distributed, which process 0 keeps:
 
 1. A process that fails says why. The others print its reason with its name, and end with 1.
-2. A process that is not heard of for config.cluster.silence seconds, because it was killed or its machine is gone, is
+2. A process that is not heard from for config.cluster.silence seconds, because it was killed or its machine is gone, is
    named with the phase it was in last, and the others end with peers.LOST. Without this they would wait for ever.
 3. The end of process 0 is noticed at once: JAX itself then ends all others, and is delayed until they have said why.
 4. A notice of preemption to one process is a notice to all (`preemption`).

@@ -1,5 +1,8 @@
 """The folder in which JAX keeps compiled programs from one run to the next."""
 
+import functools
+import itertools
+import os
 import uuid
 from pathlib import Path
 
@@ -10,7 +13,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from igrpo_jax.distributed import abort
 from igrpo_jax.storage.addresses import is_remote, path_of
 
-_KEY, _PATIENCE = "igrpo_jax/compiled", 300_000  # in the key-value store; ms that one process waits for another
+_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+_PATIENCE = 300_000  # ms that one process waits for another
+_questions = itertools.count()  # that `is_shared` has asked the others
 
 
 def use_disk_cache(folder: str) -> None:
@@ -18,12 +23,12 @@ def use_disk_cache(folder: str) -> None:
 
     Where several processes with GPUs do not share the folder, no programs are kept, with a warning.
     """
-    named = "JAX_COMPILATION_CACHE_DIR" if jax.config.jax_compilation_cache_dir else "config.compilation_cache"
+    named = _VARIABLE if os.environ.get(_VARIABLE) else "config.compilation_cache"
     folder = jax.config.jax_compilation_cache_dir or folder
     if not folder:
         return
     path = path_of(f"{named} = {folder!r}", folder)
-    if named == "config.compilation_cache":
+    if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(path))
         # JAX's own threshold of 1 s leaves out the many small programs of a small model.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -42,9 +47,10 @@ def use_disk_cache(folder: str) -> None:
         )
 
 
+@functools.cache
 def is_shared(folder: Path) -> bool:
-    """Returns whether all processes see the same local folder. All call it once; it compiles nothing."""
-    client, process = abort.client(), jax.process_index()
+    """Returns whether all processes see the same local folder. All call it; it compiles nothing."""
+    client, process, key = abort.client(), jax.process_index(), f"igrpo_jax/shared/{next(_questions)}"
     if process == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,10 +58,10 @@ def is_shared(folder: Path) -> bool:
             token.touch()
         except OSError:
             token = None
-        client.key_value_set(f"{_KEY}/name", token.name if token else "")
-    name = client.blocking_key_value_get(f"{_KEY}/name", _PATIENCE)
-    client.key_value_set(f"{_KEY}/seen/{process}", "yes" if name and (folder / name).exists() else "no")
-    client.wait_at_barrier(_KEY, _PATIENCE)
+        client.key_value_set(f"{key}/name", token.name if token else "")
+    name = client.blocking_key_value_get(f"{key}/name", _PATIENCE)
+    client.key_value_set(f"{key}/seen/{process}", "yes" if name and (folder / name).exists() else "no")
+    client.wait_at_barrier(key, _PATIENCE)
     if process == 0 and token:
         token.unlink(missing_ok=True)
-    return all(seen == "yes" for _, seen in client.key_value_dir_get(f"{_KEY}/seen/"))
+    return all(seen == "yes" for _, seen in client.key_value_dir_get(f"{key}/seen/"))

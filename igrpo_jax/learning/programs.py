@@ -67,7 +67,7 @@ class LearnerPrograms:
         total_optimizer_steps = total_steps * config.optimizer_steps_per_update
         self.optimizer, self.schedule = make_optimizer(config.optimizer, total_optimizer_steps)
         self.costs = TrainingCosts(config, cfg, mesh, shapes.unit)
-        if config.learner.remat == "auto":  # agreed on now, because the thread that reads `remat` must not meet others
+        if config.learner.remat == "auto":  # agreed on, so that all processes try the same
             self._usable = cluster.from_first(partial(chips.usable_bytes, mesh.devices.flat[0])) * chips.FILL_FRACTION
         self._mesh = mesh
         self._gradient_programs: dict[str, Program] = {}
@@ -105,8 +105,9 @@ class LearnerPrograms:
     def remat(self) -> str:
         """What the backward pass recomputes: for "auto" the fastest choice that fits by the compiler's count.
 
-        With "auto", reading this property compiles the program of a full micro-batch. Choices that cannot fit by a
-        formula are skipped, because a program takes minutes to compile.
+        With "auto", reading this property compiles the program of a full micro-batch. Several processes read it first
+        at the same place, and none in a thread (`compiling`), because they agree on the choice. Choices that cannot fit
+        by a formula are skipped, because a program takes minutes to compile.
         """
         requested = self.config.learner.remat
         if requested != "auto":
@@ -137,7 +138,7 @@ class LearnerPrograms:
         return self._gradient_programs[remat]
 
     def loss_settings(self, remat: str) -> LossSettings:
-        """Returns what the program of `accumulate` is compiled with; its `policy` is what that of `rescore` is."""
+        """Returns what the program of `accumulate` is compiled with; but for `remat`, `rescore` has its `policy`."""
         return LossSettings(
             objective=self.objective,
             policy=replace(self._policy, remat=remat),

@@ -17,6 +17,7 @@ from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.programs import Program, length_buckets, pick_bucket
 from igrpo_jax.learning import packing
+from igrpo_jax.learning.optimizer import state_shardings
 from igrpo_jax.learning.packing import MicroBatch, Piece, TrainBatch, Unit
 from igrpo_jax.learning.supervised import imitated
 from igrpo_jax.models import decoder
@@ -67,10 +68,12 @@ def warm_start(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, mean_loss
 
-    opt_state = jax.jit(optimizer.init)(params)
-    shardings = jax.tree.map(lambda x: x.sharding, (params, opt_state))
+    shapes = {path: x.shape for path, x in params.items()}
+    moments = state_shardings(mesh, jax.eval_shape(optimizer.init, params), shapes)
+    shardings = {path: x.sharding for path, x in params.items()}, moments
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
-    program = Program("supervised step", jitted, lambda size: (params, opt_state, batch), mesh)
+    program = Program("warm start", jitted, lambda size: (params, opt_state, batch), mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
     for number in range(1, settings.steps + 1):
         # Prompts with a draft are twice as long; a batch holds one kind only, so that there are few sizes of it.
         shows_draft = config.algorithm.num_drafts > 0 and rng.random() < settings.draft_fraction

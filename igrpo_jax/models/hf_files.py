@@ -87,11 +87,12 @@ def load_tokenizer(path: str):
 
 
 def tokenizer_fingerprint(path: str) -> str:
-    """Returns a hash of the files that hold the vocabulary of the tokenizer at `path`."""
+    """Returns a hash of the files that decide the ids of the tokenizer at `path`."""
     root, digest = resolve(path), hashlib.sha256()
     # Where there is a tokenizer.json, `load_tokenizer` reads no other vocabulary.
     own = [root / "tokenizer.json"] if (root / "tokenizer.json").is_file() else []
-    for file in own or sorted({file for pattern in (*VOCABULARIES, "merges.txt") for file in root.glob(pattern)}):
+    others = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
+    for file in own or sorted({file for pattern in others for file in root.glob(pattern)}):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -45,6 +45,11 @@ def best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
     return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
 
 
+def _described(error: Exception) -> str:
+    """Returns the kind of an error and both ends of its message."""
+    return both_ends(one_line(f"{type(error).__name__}: {error}"))
+
+
 class _Best(policies.PreservationPolicy):
     """Preserves the checkpoint with the highest score.
 
@@ -206,25 +211,32 @@ class Checkpointer:
         Raises:
             RunError: the disk or the bucket failed; or, with several processes, one of them cannot read its part.
         """
-        errors: list[Exception] = []
-        while True:
-            try:
-                return self._read(step, abstract_state)
-            except InputError:  # the bucket cannot be read
-                raise
-            except Exception as error:  # what orbax raises depends on which byte of which file is wrong
-                errors.append(error)
-                folder, told = self._path / str(step), both_ends(one_line(f"{type(error).__name__}: {error}"))
-                is_seen_by_all = jax.process_count() == 1 or isinstance(error, Damaged)
-                if not is_seen_by_all or (len(errors) > 1 and any(map(is_of_storage, errors))):
-                    raise RunError(
-                        f"{folder}: can't be read ({told}), which need not be damage; nothing was changed: run the "
-                        "same command again, or move the folder away, to resume from the previous checkpoint"
-                    ) from error
-                if len(errors) > 1:
-                    raise
-            logging.warning("%s: can't be read (%s); reading it again in %g s", folder, told, PAUSE)
-            time.sleep(PAUSE)
+        try:
+            return self._read(step, abstract_state)
+        except InputError:  # the bucket cannot be read
+            raise
+        except Exception as error:  # what orbax raises depends on which byte of which file is wrong
+            if jax.process_count() > 1 and not isinstance(error, Damaged):
+                raise self._unreadable(step, error) from error
+            may_pass, told = is_of_storage(error), _described(error)
+        # The first error is gone by now: its traceback holds a whole state, and there may be no room for two.
+        logging.warning("%s: can't be read (%s); reading it again in %g s", self._path / str(step), told, PAUSE)
+        time.sleep(PAUSE)
+        try:
+            return self._read(step, abstract_state)
+        except InputError:
+            raise
+        except Exception as error:
+            is_seen_by_all = jax.process_count() == 1 or isinstance(error, Damaged)
+            if may_pass or is_of_storage(error) or not is_seen_by_all:
+                raise self._unreadable(step, error) from error
+            raise
+
+    def _unreadable(self, step: int, error: Exception) -> RunError:
+        return RunError(
+            f"{self._path / str(step)}: can't be read ({_described(error)}), which need not be damage; nothing was "
+            "changed: run the same command again, or move the folder away, to resume from the previous checkpoint"
+        )
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         read = functools.partial(self._read_folder, step, abstract_state)

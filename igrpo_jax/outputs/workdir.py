@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -31,6 +32,7 @@ LOCK = ".lock"  # file in a workdir that is locked while a run is under way
 HALF_WRITTEN = "config.json.tmp"  # what a kill may leave of write_text
 DAMAGED = "damaged_checkpoints"  # folder in a workdir for checkpoints that a resume could not use
 SFT = "sft.json"  # file in a workdir that says that its run is one of supervised fine-tuning
+SEEN_WITHIN = 60.0  # s; NFS remembers for half of it that a folder did not exist
 UNFINISHED = "orbax-checkpoint-tmp"  # part of the name of a checkpoint that was not written to its end, on a disk
 COMMITTED = "commit_success.txt"  # file in a checkpoint that was written to its end, in a bucket
 # What a run may leave before its first checkpoint, and what a run in its place might not overwrite.
@@ -223,6 +225,18 @@ def _under_way(workdir: Path, holder: str) -> InputError:
     return InputError(
         f"--workdir {workdir}: a run is under way there ({holder}); wait until it ends, or give another folder"
     )
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises InputError if this process does not see what process 0 has written to `workdir`."""
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (workdir / "config.json").is_file():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"--workdir {workdir}: process 0 created it, but this process cannot see it; give a folder that all "
+                "hosts share"
+            )
+        time.sleep(1)
 
 
 @contextlib.contextmanager

@@ -119,6 +119,7 @@ def probe(
     from igrpo_jax.distributed import watchdog
     from igrpo_jax.distributed.disk_cache import use_disk_cache
     from igrpo_jax.evaluation import inference, results
+    from igrpo_jax.outputs import weights
     from igrpo_jax.outputs.console import Console
     from igrpo_jax.probe import measure
     from igrpo_jax.session.run_inputs import open_inputs
@@ -129,6 +130,8 @@ def probe(
     samples = checked(config, answers, problems)
     run, step = inference.checkpoint_of(str(model), step)
     inputs = open_inputs(config, results.recorded_date(folder))
+    if run:
+        weights.check_tokenizer(inputs.policy, run)
     name, written = inference.identity(str(model), run, step)
     head = {"model": name, "step": step, "weights_written": written}
     asked = measure.ProbeInputs(inputs, run, step, problems, samples, gradients)

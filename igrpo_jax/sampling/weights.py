@@ -36,7 +36,8 @@ class WeightSync:
         cfg: the model that is trained.
         mesh: mesh of the training.
         sampler_mesh: mesh of the copy, with the same devices in the same order; those of its axis `tensor` share one
-        copy. dtype: dtype of the copy.
+            copy.
+        dtype: dtype of the copy.
     """
 
     def __init__(self, cfg: DecoderConfig, mesh: jax.sharding.Mesh, sampler_mesh: jax.sharding.Mesh, dtype: str):

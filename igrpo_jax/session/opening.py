@@ -10,7 +10,6 @@
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.workdir import (
     Claim,
+    check_shared,
     check_workdir,
     has_samples,
     locked,
@@ -55,8 +55,6 @@ from igrpo_jax.session.run import Run
 from igrpo_jax.session.run_context import enter_mesh
 from igrpo_jax.session.run_inputs import RunInputs, open_inputs, open_run_programs, origin
 from igrpo_jax.session.sft import refuse_sft
-
-SEEN_WITHIN = 60.0  # s; NFS remembers for half of it that a folder did not exist
 
 
 def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
@@ -175,20 +173,8 @@ def _claim(
     claim = Claim(*cluster.from_first(functools.partial(prepare_workdir, workdir, config)))
     if notice := claim.notice(workdir):
         console.message(notice)
-    _check_shared(workdir)
+    check_shared(workdir)
     return claim.resumes, still_ours
-
-
-def _check_shared(workdir: Path) -> None:
-    """Raises InputError if this process does not see what process 0 has written to `workdir`."""
-    deadline = time.monotonic() + SEEN_WITHIN
-    while not (workdir / "config.json").is_file():
-        if time.monotonic() > deadline:
-            raise InputError(
-                f"--workdir {workdir}: process 0 created it, but this process cannot see it; give a folder that all "
-                "hosts share"
-            )
-        time.sleep(1)
 
 
 def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Verifier:

@@ -37,6 +37,7 @@ from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.workdir import (
     SFT,
     Claim,
+    check_shared,
     check_workdir,
     locked,
     prepare_workdir,
@@ -161,6 +162,7 @@ def _run(inputs: SftInputs, workdir: Path, console: Console, stack: contextlib.E
     claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, inputs)))
     if notice := claim.notice(workdir):
         console.message(notice)
+    check_shared(workdir)
     console.table("SFT run", _overview(inputs, workdir))
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))

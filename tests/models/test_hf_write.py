@@ -119,12 +119,12 @@ def test_transformers_clips_the_time_steps_of_an_export_as_training_does(tmp_pat
     edit_json(path / "config.json", time_step_limit=[least, float("inf")], mamba_dt_min=0.001)
     save_tokenizer(path, None)
     opened = open_policy(path)
-    assert opened.model.mamba.time_step_limit[0] == least
+    assert opened.cfg.mamba.time_step_limit[0] == least
     opened.save(out, opened.load(one_device(), 0), dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ours = logits_of(path, TOKENS)
     np.testing.assert_allclose(ours, logits_of_reference(theirs, TOKENS), atol=1e-4, rtol=0)
-    assert open_policy(out).model == opened.model
+    assert open_policy(out).cfg == opened.cfg
     transformers.AutoModelForCausalLM.from_config(theirs.config)  # draws new weights
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import gc
 import os
 import shutil
 import signal
 import threading
+import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -339,6 +341,30 @@ def test_an_error_of_the_disk_sets_no_checkpoint_aside(tmp_path, monkeypatch, er
                 store.restore(abstract)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
     assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+def test_a_read_that_fails_leaves_no_state_behind(tmp_path, monkeypatch):
+    """Its traceback holds one, and on an accelerator there may be no room for a second."""
+    states, alive = [], []
+
+    def read(step, abstract_state):
+        alive.append(sum(state() is not None for state in states))
+        state = State({}, None, jnp.ones(1))
+        states.append(weakref.ref(state.step))
+        raise checksums.Damaged("x is not as it was saved")
+
+    mesh = mesh_of(1, jax.device_count(), 1)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        for step in (1, 2):
+            store.save(step, state_on(mesh, 0), {})
+        monkeypatch.setattr(store, "_read", read)
+        gc.disable()
+        try:
+            with pytest.raises(RunError, match="no checkpoint can be read"):
+                store.restore(abstract_on(mesh))
+        finally:
+            gc.enable()
+    assert alive == [0, 0, 0, 0]
 
 
 def test_damage_that_tensorstore_reports_is_none_of_the_disk():

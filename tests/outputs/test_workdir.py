@@ -74,6 +74,15 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(tmp_path):
     assert claim(tmp_path, other) == (True, [])
 
 
+def test_a_folder_that_a_process_sees_late_is_shared_and_one_that_it_never_sees_is_not(tmp_path, monkeypatch):
+    """NFS may say for half a minute that a folder does not exist, which another host has created."""
+    monkeypatch.setattr(workdirs.time, "sleep", lambda _: (tmp_path / "config.json").touch())
+    workdirs.check_shared(tmp_path)
+    monkeypatch.setattr(workdirs, "SEEN_WITHIN", 0.0)
+    with pytest.raises(InputError, match="process 0 created it, but this process cannot see it; give a folder that"):
+        workdirs.check_shared(tmp_path / "elsewhere")
+
+
 def test_the_folder_of_a_hugging_face_model_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(InputError, match=r"holds no run \(its config\.json is not that of one\)"):
