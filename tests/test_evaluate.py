@@ -605,8 +605,8 @@ def test_a_run_is_not_exported_or_asked_with_other_prompts(call, byte_model, fol
     asked = ["--benchmarks=mine", f"--config.evaluation.data_dir={folder}", "--workdir", tmp_path / "out"]
     assert told in call(evaluate, "--model", workdir, *asked, code=2) and not (tmp_path / "out").exists()
     assert told in call(generate, "--model", workdir, "--prompt=1+2", code=2)
-    data = folder / "mine.jsonl"
-    assert told in call(probe, "--model", workdir, "--data", data, "--workdir", tmp_path / "probe", code=2)
+    asked = [f"--data={folder / 'mine.jsonl'}", "--config.prompts_per_step=3", "--workdir", tmp_path / "probe"]
+    assert told in call(probe, "--model", workdir, *asked, code=2) and not (tmp_path / "probe").exists()
     record = json.loads((workdir / weights.FIRST).read_text())
     (workdir / weights.FIRST).write_text(json.dumps({name: record[name] for name in ("path", "fingerprint")}))
     export.export(workdir, tmp_path / "after")
