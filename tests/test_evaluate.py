@@ -605,7 +605,9 @@ def test_a_run_is_not_exported_or_asked_with_other_prompts(call, byte_model, fol
     asked = ["--benchmarks=mine", f"--config.evaluation.data_dir={folder}", "--workdir", tmp_path / "out"]
     assert told in call(evaluate, "--model", workdir, *asked, code=2) and not (tmp_path / "out").exists()
     assert told in call(generate, "--model", workdir, "--prompt=1+2", code=2)
-    asked = [f"--data={folder / 'mine.jsonl'}", "--config.prompts_per_step=3", "--workdir", tmp_path / "probe"]
+    asked = [f"--data={folder / 'mine.jsonl'}", "--workdir", tmp_path / "probe"]
+    sizes = {"prompts_per_step": 3, "rollout.max_completion_length": 64, "refine.max_draft_length": 64}
+    asked += [f"--config.{name}={value}" for name, value in sizes.items()]
     assert told in call(probe, "--model", workdir, *asked, code=2) and not (tmp_path / "probe").exists()
     record = json.loads((workdir / weights.FIRST).read_text())
     (workdir / weights.FIRST).write_text(json.dumps({name: record[name] for name in ("path", "fingerprint")}))
