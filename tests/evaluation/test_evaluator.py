@@ -225,7 +225,7 @@ def test_failed_gradings_are_counted_over_all_processes(evaluator, params, monke
         failing._verifier = FailingVerifier(0) if mostly_sound else StubVerifier()
         expected = contextlib.nullcontext() if mostly_sound else pytest.raises(VerifierError, match="first: no memory")
         with expected:
-            failing._sample(params, name, asked, results.Rows(None, name, None), "single shot")
+            failing._sample(params, name, asked, results.Rows(None, name, None), 0)
     statuses = [{status for status, _ in mine} for mine in gathered]
     assert statuses[0] == {"error"} and "error" not in statuses[1]
 
