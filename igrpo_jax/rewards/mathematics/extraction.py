@@ -53,6 +53,15 @@ _CLAUSE = re.compile(
 # "B. Alina or C. Ben": the end of the first sentence is not the end of what is stated.
 _TWO_CHOICES = re.compile(r"\(?[A-J][).:]\s[^\n]{1,200}?(?:\b(?:or|and)|,)\s+\(?[A-J][).:]\s[^\n]{0,200}")
 _IS = re.compile(r"\s(?:is|are|equals)\s(?!not\b)")
+# A sentence that says more than one thing, or denies it.
+_MORE_SAID = re.compile(
+    r"[;?]|\sand\s|\b(?:is|are|equals|was|were)\b.*\b(?:is|are|equals|was|were)\b"
+    r"|\b(?:neither|nor|none|no|nothing|never|not|without|except|what|which|how)\b"
+    r"|\b(?:half|third|quarter|twice|double)\b",
+    re.IGNORECASE,
+)
+_NO_SUBJECT = re.compile(r"[\d$\\]|\b[B-J]\b|\bA\b(?!\s+[a-z])")  # 18 is the total, (A) is 5: not before "is"
+_STATED = re.compile(r"[\d$\\]|^\(?[A-J]\)?$")  # and not "the total", which may stand behind "Five is"
 
 _MORE = re.compile(r"[\d$\\]")  # in what follows the first clause of a sentence: perhaps a second answer
 
@@ -220,10 +229,14 @@ def _stated(text: str, phrase: re.Match) -> str | None:
 
 def _of_sentence(block: str) -> str:
     """Returns what a block says if it is one sentence, as "The total is 18."; any other block as it is."""
+    if len(block) > MAX_STATEMENT or "\n" in block or _MORE_SAID.search(block) or _DENIED.search(block):
+        return block
     _, *more = _CLAUSE.split(block, maxsplit=1)
-    is_one = len(block) <= MAX_STATEMENT and "\n" not in block and not _MORE.search("".join(more))
-    is_said = (_IS.search(block) or _FILLERS.match(block)) and not _DENIED.search(block)
-    return (_said(block) if is_one and is_said else None) or block
+    subject, *said = _IS.split(block, maxsplit=1)
+    if _MORE.search("".join(more)) or (said and _NO_SUBJECT.search(subject)) or not (said or _FILLERS.match(block)):
+        return block
+    stated = _said(block)
+    return stated if stated and _STATED.search(stated) else block
 
 
 def _said(rest: str) -> str | None:
