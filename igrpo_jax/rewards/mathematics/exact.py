@@ -114,8 +114,13 @@ class Value:
 
     def __str__(self) -> str:
         """Returns one text per polynomial. Equal quotients may have several."""
-        coefficients = ((key, f"{c.numerator:x}/{c.denominator:x}") for key, c in sorted(self.numerator.items()))
-        top = "+".join(f"{c}{key}" for key, c in coefficients)  # hexadecimal: Python limits the digits of decimals
+        terms = []
+        for (imaginary, roots, symbols), c in sorted(self.numerator.items()):
+            # Not the repr of names: it escapes quotes, and nested names would be twice as long at each level.
+            names = ",".join(f"{name}^{power}" for name, power in symbols)
+            # Hexadecimal, because Python limits the digits of decimals.
+            terms.append(f"{c.numerator:x}/{c.denominator:x}({imaginary},{roots},[{names}])")
+        top = "+".join(terms)
         return top if self.denominator is UNIT else f"{top}/{Value(self.denominator)}"
 
 
@@ -296,6 +301,7 @@ def _sum(p: Polynomial, point: int | None) -> tuple:
 
 _EVALUATED = {name: name for name in ("sin", "cos", "sinh", "cosh", "tanh", "log")}
 _EVALUATED |= {"ln": "log", "arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+_EVALUATED |= {f"ar{name}": f"a{name}" for name in ("sinh", "cosh", "tanh")}
 
 
 def _symbol(name: str, point: int | None):
