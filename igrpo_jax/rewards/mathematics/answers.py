@@ -10,6 +10,7 @@ Not here: when two answers are equal (`comparison`); answers that hold no others
 Limit: MAX_PARTS.
 """
 
+import dataclasses
 import itertools
 import re
 
@@ -21,7 +22,7 @@ from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, spli
 MAX_PARTS = 200  # elements of a list; a longer list is a Leaf without a value
 _MAX_NESTED = 6  # levels of lists in tuples in sets …
 
-_GROUPS = re.compile(r"[1-9]\d\d(?:,\d{3})+\.?")  # a number, or a list of numbers of three digits
+_GROUPS = re.compile(r"[1-9]\d\d(?:,[1-9]\d\d)+\.?")  # a number, or a list of numbers of three digits
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
 _LEADING = frozenset(("=", "approx", "simeq", "therefore", "implies", "to"))  # before an answer
@@ -31,7 +32,19 @@ _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 def read(answer: str) -> Node | None:
     """Returns the structure of a bare answer, None for an empty one. Never raises."""
-    answer = words.without_domain(_unwrapped(answer.strip().strip("*")))
+    answer = _unwrapped(answer.strip().strip("*"))
+    head, domain = words.without_domain(answer)
+    node, whole = _read_whole(head), _read_whole(answer) if head != answer else None
+    if not whole:
+        return node
+    if not isinstance(node, Named):
+        return whole
+    # Equal texts are equal answers, so the domain stands in the text too.
+    return dataclasses.replace(node, text=f"{node.text} {domain}".strip(), domain=domain, whole=whole)
+
+
+def _read_whole(answer: str) -> Node | None:
+    """Returns the structure of an answer without looking for a domain at its end."""
     if _WORD.search(answer):
         day = words.date(answer)
         if day:

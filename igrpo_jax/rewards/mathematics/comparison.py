@@ -101,6 +101,8 @@ def _same_choice(a: Choice, b: Node) -> bool:
 
 def _same_named(a: Named, b: Node) -> bool:
     if isinstance(b, Named):
+        if a.domain and b.domain and a.domain != b.domain:
+            return False
         if a.name == b.name and same_answer(a.value, b.value):
             return True
         if (a.alias or b.alias) and same_answer(a.alias or a, b.alias or b):
@@ -110,7 +112,7 @@ def _same_named(a: Named, b: Node) -> bool:
         return b.sign == "=" and None not in (a.equation, b.difference) and _same_equation(a.equation, b.difference)
     if isinstance(b, Region) and b.name not in ("", a.name):
         return False
-    return same_answer(a.value, b)
+    return same_answer(a.value, b) or (a.whole is not None and same_answer(a.whole, b))
 
 
 def _same_relation(a: Relation, b: Node) -> bool:

@@ -206,6 +206,24 @@ def _inverse(name: str, argument: Value) -> Value:
     return named(name, argument)
 
 
+def _arccot(argument: Value) -> Value:
+    """Returns arctan(1/x), but not of negative numbers, for which some take an angle from π/2 to π."""
+    if not argument.numerator:
+        return PI / Value.number(2)
+    number = None if argument.symbols() else exact.approximate(argument)
+    is_known = argument.symbols() or (number is not None and not number.imag and number.real > 0)
+    return _inverse("arctan", _ONE / argument) if is_known else Value.symbol(f"arccot({argument})")
+
+
+def _in_logarithms(name: str, expanded: Callable[[Value], Value]) -> Callable[[Value], Value]:
+    """Returns an inverse function that is expanded unless its argument holds other functions.
+
+    The expansion has the argument several times, so that nested ones would grow without end.
+    """
+    has_atoms = lambda value: any(isinstance(symbol, Atom) for symbol in value.symbols())
+    return lambda value: named(name, value) if has_atoms(value) else expanded(value)
+
+
 def _gamma(argument: Value) -> Value:
     """Returns Γ of positive integers and half-integers exactly."""
     n = argument.constant()
@@ -270,10 +288,10 @@ _FUNCTIONS: dict[str, Callable[[Value], Value]] = {
     "cot": lambda angle: cosine(angle) / sine(angle),
     "sec": lambda angle: Value.number(1) / cosine(angle),
     "csc": lambda angle: Value.number(1) / sine(angle),
-    "arccot": lambda value: _inverse("arctan", _ONE / value) if value.numerator else PI / Value.number(2),
-    "arsinh": lambda value: logarithm(value + root(value * value + _ONE, 2)),
-    "arcosh": lambda value: logarithm(value + root(value * value - _ONE, 2)),
-    "artanh": lambda value: logarithm((_ONE + value) / (_ONE - value)) / Value.number(2),
+    "arccot": _arccot,
+    "arsinh": _in_logarithms("arsinh", lambda value: logarithm(value + root(value * value + _ONE, 2))),
+    "arcosh": _in_logarithms("arcosh", lambda value: logarithm(value + root(value * value - _ONE, 2))),
+    "artanh": _in_logarithms("artanh", lambda value: logarithm((_ONE + value) / (_ONE - value)) / Value.number(2)),
     "cis": lambda angle: cosine(angle) + I * sine(angle),
     "exp": lambda exponent: power(E, exponent),
     "sqrt": lambda value: root(value, 2),

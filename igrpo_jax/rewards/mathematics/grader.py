@@ -14,10 +14,11 @@ Conventions, where usage differs:
 - 28% equals both 28 and 0.28, because data sets write the same answer in all three ways, but not 0.28%.
 - A decimal is exact: 0.333 is not 1/3, and 1.41421356 is not √2. A tolerance would reward rounding a right answer and
   guessing a near one. 0.\overline{3} is 1/3. 0.333... goes on in a way that it does not say: it equals its own text.
-  100/3 \approx 33.33 is both, because the second is the first one rounded; 101 \approx 100 is two guesses.
+  100/3 \approx 33.33 is both, because the second is the first one rounded; \pi \approx 22/7 is the first alone;
+  101 \approx 100 is two guesses.
 - 1,234 is one thousand two hundred thirty-four, and so is 1{,}234; 3{,}5 is 3.5. A bare comma before one, two, four or
   more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2. 102,204 without blanks is a number or a
-  list, whichever the other side means.
+  list, whichever the other side means; 100,050 is a number.
 - Numbers side by side, or a number behind another factor, are not a product: 2 2, \frac12 12 and x 3 have no value, and
   neither has 3\frac53, which is not a mixed number. Letters behind a slash are one denominator: t/RC is t/(RC), while
   1/2x is x/2.
@@ -29,9 +30,10 @@ Conventions, where usage differs:
   no number. "total", "each", "left" and "remaining" say nothing about it. Numbers in words are numbers: "two and a
   half" is 2.5.
 - `x = 5` equals 5, and `f(x) = …`, `f'(2) = …`, `a_n = …`, `\tan\theta = …`, `\gcd(a,b) = …` and `\sum … = …` their
-  right sides. `x = 5` is not `y = 5`, but f(x) = x is f(n) = n, and "for all x" behind it says nothing. `2x + z = 1`,
-  m + n = 5 and \ln x = 5 are equations and nothing else, equal to their multiples. Where several named values meet
-  unnamed ones, the order counts, x_1 and x_2 aside.
+  right sides. `x = 5` is not `y = 5`, but f(x) = x is f(n) = n, while f(a) = 3 is a value at a. "For all x" behind
+  f(x) = x says nothing unless the sides state two domains: integers are not real numbers. `2x + z = 1`, m + n = 5 and
+  \ln x = 5 are equations and nothing else, equal to their multiples. Where several named values meet unnamed ones, the
+  order counts, x_1 and x_2 aside.
 - dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is not a quotient. In equations so is x', if nothing
   speaks for another variable. y'(t) is y' times t: arguments of unknown functions are not dropped.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare
@@ -43,9 +45,10 @@ Conventions, where usage differs:
   Words of four and more letters, and capitals such as CD, are names and not products. In equations of nothing else
   they are one symbol each: MR = SRMC is not MR = SMRC.
 - k, m or n beside π stands for any integer: kπ, nπ and (k + 1)π are the same answer.
-- Symbols under roots and logarithms are read as positive: \sqrt{2a^2} is a\sqrt2 and \ln\frac ab is \ln a - \ln b. But
-  \sqrt{x^2} is |x|, and \ln x^2 is 2\ln|x|. \cot^{-1} and \sinh^{-1} are inverse functions, and log without a base is
-  not taken for ln.
+- Several symbols under a root, and symbols in logarithms, are read as positive: \sqrt{a^2b} is a\sqrt b, and |a|\sqrt b
+  too, and \ln\frac ab is \ln a - \ln b. But \sqrt{2x^2} is |x|\sqrt2, and \ln x^2 is 2\ln|x|. \cot^{-1} and \sinh^{-1}
+  are inverse functions, and log without a base is not taken for ln. \cot^{-1}(-1) equals neither -π/4 nor 3π/4, between
+  which usage differs.
 - 2:4 is 1:2, but not as times of day.
 - \gcd(m,n), lcm and \{x\} in an expression are functions of integers and the fractional part, never of polynomials.
 - x \ne \pm2 and x \ge 0, x \ne 2 hold at the same time; x < 0, x > 2 may be meant either way and is a list.

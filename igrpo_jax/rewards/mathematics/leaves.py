@@ -1,5 +1,6 @@
 """Answers that hold no other answers: an expression with its unit, words, digits in a base, a ratio."""
 
+import math
 import re
 from fractions import Fraction
 
@@ -119,16 +120,30 @@ def agree(a: Leaf, b: Leaf) -> bool:
     return bool(exact.same(a.value, Value.number(scale) * b.value))
 
 
-_ROUNDED = re.compile(r"-?\d+(?:\.(\d*))?(?:\\cdot 10\^\{?(-?\d{1,2})\}?)?")
+_ROUNDED = re.compile(r"-?(\d+?)(0*)(?:\.(\d*))?(?:\\cdot 10\^\{?(-?\d{1,3})\}?)?")
+
+
+def _step(node: Leaf, scale: float, digits: float) -> float:
+    """Returns how far a numeral may be from what it is rounded from, infinity if the node is no numeral.
+
+    Decimals may be cut off. An integer is rounded: to hundreds if it ends in two zeros behind at least so many digits.
+    """
+    match = _ROUNDED.fullmatch(node.text)
+    if not match:
+        return math.inf
+    decimals = len(match[3] or "")
+    zeros = len(match[2]) if len(match[1]) >= digits else 0
+    exponent = int(match[4] or 0) + (-decimals if decimals else zeros)
+    return scale * 10.0 ** min(exponent, 300) * (0.99 if decimals else 0.5)
 
 
 def approximation(text: str, first: Node, last: Node) -> Node:
     r"""Returns a value and what it is rounded to, as in 100/3 \approx 33.33, either of which may be meant.
 
-    Rounded by more than about 1 %, it is the first alone, and so is what is no number. Two numbers of which the second
-    is not the first one rounded are two guesses, which equal nothing.
+    Rounded by more than about 1 %, or to what is no numeral, as 22/7, or to another unit, it is the first alone. Two
+    numerals of which neither is the other one rounded are two guesses, which equal nothing.
     """
-    if symbols(first) != set() or symbols(last) != set():
+    if symbols(first) != set() or symbols(last) != set() or not units.agree(first.unit, last.unit):
         return first
     scales = [1.0, float(units.ratio(last.unit, first.unit))]
     if first.percent != last.percent:
@@ -136,15 +151,14 @@ def approximation(text: str, first: Node, last: Node) -> Node:
     numbers = [exact.approximate(node.value) for node in (first, last)]
     if None in numbers or any(number.imag for number in numbers):
         return first
-    a, b = (number * scale for number, scale in zip(numbers, scales, strict=True))
-    steps = [  # how far apart they may be: an integer is rounded, decimals may be cut off
-        scale * 10.0 ** (int(match[2] or 0) - len(match[1] or "")) * (0.99 if match[1] else 0.5)
-        for node, scale in ((last, scales[1]), (first, scales[0]))
-        if (match := _ROUNDED.fullmatch(node.text))
-    ]
-    if not steps or abs(a - b) > steps[0] or not units.agree(first.unit, last.unit):
-        return Leaf(text, None, hopeless=True)
-    return Choice(text, first, last) if abs(a - b) <= 0.0101 * abs(a) else first
+    a, b = (number.real * scale for number, scale in zip(numbers, scales, strict=True))
+    apart, of_first = abs(a - b), _step(first, scales[0], math.inf)
+    # e^{10} is rounded to 22000, but 100 is another guess than 101 and \frac{202}{2}.
+    of_last = _step(last, scales[1], 2 if first.value.constant() is None else math.inf)
+    if apart <= 0.0101 * abs(a) and apart <= (of_last if of_last < math.inf else of_first) < math.inf:
+        return Choice(text, first, last)
+    is_guess = first.unit == last.unit and apart > max(of_first, _step(last, scales[1], 2))
+    return Leaf(text, None, hopeless=True) if is_guess else first
 
 
 def difference(left: list[Token], right: list[Token]) -> Value | None:

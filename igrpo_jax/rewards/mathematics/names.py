@@ -44,12 +44,17 @@ def _argument(tokens: list[Token]) -> list[Token]:
 
 
 def with_argument_x(left: list[Token], right: list[Token]) -> tuple[list[Token], list[Token]] | None:
-    """Returns the sides of f(n) = n^2 as those of f(x) = x^2, None if there is nothing to rename."""
+    """Returns the sides of f(n) = n^2 as those of f(x) = x^2, None if there is nothing to rename.
+
+    P(A) and f(a) are values for one A and a unless the right side depends on the letter.
+    """
     argument = _argument(left)
     letter = argument[1].text if len(argument) == 3 and argument[1].kind == "letters" else ""
     is_run = lambda token: token.kind == "letters" and token.text not in FUNCTIONS | GREEK | {"pi"}
     runs = "".join(token.text for token in right if is_run(token))
-    if len(letter) != 1 or letter in "xie" + left[0].text or "x" in left[0].text + runs:
+    if len(letter) != 1 or not letter.islower() or letter in "xie" + left[0].text or "x" in left[0].text + runs:
+        return None
+    if letter not in runs:
         return None
     renamed = lambda token: token._replace(text=token.text.replace(letter, "x"))
     left, right = ([renamed(token) if is_run(token) else token for token in side] for side in (left, right))

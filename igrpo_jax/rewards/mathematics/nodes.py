@@ -51,6 +51,8 @@ class Named(Node):
     value: Node
     equation: Value | None  # left side minus right side
     alias: "Named | None" = None  # f(x) = x^2 for f(n) = n^2
+    domain: str = ""  # "integer", if the equation is stated for all integers n
+    whole: Node | None = None  # the answer with its "for all integers n"
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,10 @@ def root(value: Value, degree: int) -> Value:
         for prime, p in primes(abs(c), degree):
             powers[prime] = powers.get(prime, Fraction(0)) + p
         others = [*powers.values(), *(Fraction(p) for name, p in symbols if not loses_sign(name, p, degree))]
-        is_alone = all((p / degree).denominator == 1 for p in others)  # √(x²) is |x|, but √(2x²) is x·√2
-        if is_alone and any(loses_sign(name, power, degree) for name, power in symbols):
+        is_square = all((p / degree).denominator == 1 for p in others)
+        letters = [name for name, _ in symbols if name not in ("π", "e") and not isinstance(name, Atom)]
+        # √(2x²) is |x|·√2, but the symbols of a formula such as √(Gρr²) are positive quantities.
+        if (is_square or len(letters) < 2) and any(loses_sign(name, power, degree) for name, power in symbols):
             raise NotFactored
     except NotFactored:
         return named("pow", value, Fraction(1, degree))

@@ -31,11 +31,13 @@ _LABEL = re.compile(r"\s*(?:\\text\w*\{([A-Za-z][a-z ]{2,40}):\s*\}|(\\text\w*\{
 _FOR_ALL = re.compile(
     r"\\forall(?![A-Za-z])|(?:\\(?:text|textrm|mbox|mathrm)\s*\{[\s,]*|\b)for (?:all|every|any|each)\b", re.IGNORECASE
 )
-_DOMAIN_WORDS = (
-    "real reals positive nonnegative natural rational complex integer integers number numbers value values of in "
-    "mathbb text R Z N Q C"
-)
-_DOMAIN = frozenset([*_DOMAIN_WORDS.split(), *"abcdfghjklmnopqrstuvwxyz"])
+_OF_FUNCTION = re.compile(r"[\s$]*\\?[A-Za-z]+\s*\(\s*([a-z])\s*\)\s*=")
+_DOMAINS = {
+    **{word: word for word in ("positive", "nonnegative", "natural", "rational", "complex", "integer", "real")},
+    **{"integers": "integer", "reals": "real", "N": "natural", "Z": "integer", "Q": "rational", "R": "real"},
+    "C": "complex",
+}
+_DOMAIN = frozenset([*_DOMAINS, "number", "numbers", "value", "values", "of", "in", "mathbb", "text"])
 _DOMAIN_WORD = re.compile(r"[A-Za-z]+")
 _SPACE_AT_END = re.compile(r"(?:[\s,~]|\\[,;:! ]|\\q?quad)+$")
 _ROOT = re.compile(r"\b(?:square|cube) root")
@@ -105,13 +107,20 @@ def without_label(answer: str) -> str:
     return (label[2] or "") + answer[label.end() :]
 
 
-def without_domain(answer: str) -> str:
-    r"""Returns the answer without "for all real x" or \forall x \in \mathbb{R} at its end."""
-    found = _FOR_ALL.search(answer)
-    if not found or not set(_DOMAIN_WORD.findall(answer, found.end())) <= _DOMAIN:
-        return answer
-    head, rest = _SPACE_AT_END.sub("", answer[: found.start()]), _DOMAIN_WORD.sub("", answer[found.end() :])
-    return answer if rest.strip(" \\{}$.,~;:!") or not head else head
+def without_domain(answer: str) -> tuple[str, str]:
+    r"""Returns (f(x) = x, "real") for "f(x) = x for all real x" or f(x) = x, \forall x \in \mathbb{R}.
+
+    The domain is "" if it is not stated. Any other answer is returned as it is: only the equation of a function says
+    for which values of its argument it holds, and says nothing else thereby.
+    """
+    found, head = _FOR_ALL.search(answer), _OF_FUNCTION.match(answer)
+    stated = set(_DOMAIN_WORD.findall(answer, found.end())) if found and head else set()
+    if not head or head[1] not in stated or not stated <= _DOMAIN | {head[1]}:
+        return answer, ""
+    if _DOMAIN_WORD.sub("", answer[found.end() :]).strip(" \\{}$.,~;:!"):
+        return answer, ""
+    kinds = sorted({_DOMAINS[word] for word in stated if word in _DOMAINS})
+    return _SPACE_AT_END.sub("", answer[: found.start()]), " ".join(kinds)
 
 
 def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:

@@ -48,6 +48,20 @@ def test_a_radicand_that_cannot_be_factored_is_opaque():
     assert same(root(large, 2), root(large, 2)) is True
 
 
+def test_a_formula_of_several_symbols_is_of_positive_quantities():
+    assert same(root(number(2) * X * X * N, 2), X * root(number(2) * N, 2)) is True
+    assert same(root(number(2) * X * X, 2), X * root(number(2), 2)) is not True  # it is |x|·√2
+
+
+@pytest.mark.parametrize("name", ["arsinh", "arcosh", "artanh", "arccot", "ln", "log"])
+def test_nested_functions_stay_small(name):
+    value = X
+    for _ in range(11):
+        value = function(name, value)
+    assert len(value.numerator) <= 2
+    assert len(str(value)) < 100_000  # twice and more as long at each level, where each holds the one below it twice
+
+
 @pytest.mark.parametrize(
     ("base", "exponent", "expected"),
     [

@@ -18,6 +18,38 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # rounded integers, and what is no rounded numeral: the value alone
+    (r"e^{10}", r"e^{10} \approx 22000"),
+    ("22000", r"e^{10} \approx 22000"),
+    (r"2^{100}", r"2^{100} \approx 10^{30}"),
+    (r"100!", r"100! \approx 9.33\times10^{157}"),
+    (r"9.33\times10^{157}", r"100! \approx 9.33\times10^{157}"),
+    (r"\pi", r"\pi \approx 22/7"),
+    (r"\pi", r"\pi \approx \frac{22}{7}"),
+    ("10", r"10 \approx 10.04"),
+    ("22026", r"22026 \approx 22000"),
+    (r"\frac{\pi}{4}", r"\frac{\pi}{4} \approx 45^\circ"),
+    (r"45^\circ", r"45^\circ \approx 0.785"),
+    (r"\sqrt{200}", r"\sqrt{200} \approx 15"),
+    (r"\frac{100}{3}", r"\frac{100}{3} \approx 33.43"),
+    (r"\frac{202}{2}", r"\frac{202}{2} \approx 100"),
+    # the argument of a function that occurs in its value, and for which arguments it has that value
+    (r"A(s)=\pi s^2", r"A(r)=\pi r^2"),
+    (r"f(x)=x \text{ for all integers } x", r"f(n)=n,\ \forall n\in\mathbb{Z}"),
+    (r"f(x)=x \text{ for all } x\in\mathbb{N}", r"f(x)=x \text{ for all natural numbers } x"),
+    (r"f(x)=x \text{ for all real } x", r"x \text{ for all real } x"),
+    (r"f(x)=2 \text{ for all integers } x", "2"),
+    # roots of squares
+    (r"|x|\sqrt2", r"\sqrt{2x^2}"),
+    (r"\frac{|x|}{\sqrt2}", r"\sqrt{\frac{x^2}{2}}"),
+    (r"|x|^3\sqrt2", r"\sqrt{2x^6}"),
+    (r"2|a|\sqrt3", r"\sqrt{12a^2}"),
+    (r"|x|\sqrt y", r"\sqrt{x^2y}"),
+    (r"2|r_0|\sqrt{\pi G\rho_0}", r"\sqrt{4\pi G\rho_0 r_0^2}"),
+    # cot^-1 of negative numbers is a number of its own
+    (r"\cot^{-1}(-\sqrt3)+1", r"1+\operatorname{arccot}(-\sqrt3)"),
+    ("100,000", "100000"),
+    ("100,050", "100050"),
     (r"66.66", r"\frac{200}{3} \approx 66.66"),
     (r"67", r"\frac{200}{3} \approx 67"),
     # primes and quotients of differentials, sets by a condition
@@ -58,14 +90,12 @@ SAME = [
     (r"f(n)=n \text{ for all positive integers } n", "f(n)=n"),
     (r"f(x)=2x+1 \text{ for every real number } x", "2x+1"),
     ("f(x)=x for all real numbers x", "f(x)=x"),
-    (r"x^3-6x^2+11x-6 \text{ for all } x", "x^3-6x^2+11x-6"),
     (r"\text{for all real numbers}", r"\mathbb{R}"),
     ("f(x)=x", "f(n)=n"),
     ("f(x)=2x+1", "f(t)=2t+1"),
     ("f(t) = at^2", "f(s) = as^2"),
     (r"f(n)=\sin n+n^2", r"f(x)=\sin x+x^2"),
     (r"\sqrt{4\pi G\rho_0 r_0^2}", r"2r_0\sqrt{\pi G\rho_0}"),
-    (r"a\sqrt2", r"\sqrt{2a^2}"),
     (r"\sqrt{x^2y}", r"x\sqrt y"),
     # names of several letters, and other names of values
     (r"AE = \frac{AB}{2}", r"\frac{AB}{2}"),
@@ -1373,6 +1403,60 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # values at a point; capitals are no arguments
+    ("P(A)=1/2", "P(B)=1/2"),
+    ("P(A) = 0.5, P(B) = 0.3", "P(A) = 0.3, P(B) = 0.5"),
+    ("P(A)=2A", "P(B)=2B"),
+    ("f(a)=1, f(b)=2", "f(a)=2, f(b)=1"),
+    ("f(a)=3", "f(x)=3"),
+    ("A(r)=3, A(s)=4", "A(r)=4, A(s)=3"),
+    # domains
+    (r"\text{true for all integers}", r"\text{true for all real numbers}"),
+    ("true for all integers", "true for all real numbers"),
+    ("5 for any number of x", "5"),
+    (r"x \in (0,1) \forall y", r"x\in(0,1)"),
+    (r"x^3-6x^2+11x-6 \text{ for all } x", "x^3-6x^2+11x-6"),
+    (r"f(x)=x \text{ for all } y", "f(x)=x"),
+    (r"f(x)=x \text{ for all integers } x", r"f(x)=x \text{ for all real numbers } x"),
+    (r"f(x)=x \text{ for all integers } x", r"f(n)=n \text{ for all positive integers } n"),
+    (r"f(x)=x \text{ for all positive } x", r"f(x)=x,\ \forall x\in\mathbb{R}"),
+    (r"f(x)=x, f(x)=0 \text{ for all integers } x", r"f(x)=x, f(x)=0 \text{ for all real } x"),
+    # values of which only the first is stated, and guesses
+    (r"10^{30}", r"2^{100} \approx 10^{30}"),
+    (r"\frac{22}{7}", r"\pi \approx \frac{22}{7}"),
+    ("10.04", r"10 \approx 10.04"),
+    ("22000", r"22026 \approx 22000"),
+    ("100", r"\frac{202}{2} \approx 100"),
+    ("1200", r"\frac{2411}{2} \approx 1200"),
+    ("100", r"10\sqrt{102} \approx 100"),
+    ("101 or 100", r"101 \approx 100"),
+    ("15", r"\sqrt{200} \approx 15"),
+    ("100", r"100 \approx 101"),
+    ("101", r"100 \approx 101"),
+    # roots of squares
+    (r"x\sqrt2", r"\sqrt{2x^2}"),
+    (r"\frac{x}{\sqrt2}", r"\sqrt{\frac{x^2}{2}}"),
+    (r"x^3\sqrt2", r"\sqrt{2x^6}"),
+    (r"2a\sqrt3", r"\sqrt{12a^2}"),
+    (r"a\sqrt2", r"\sqrt{2a^2}"),
+    (r"ix\sqrt2", r"\sqrt{-2x^2}"),
+    (r"x\sqrt\pi", r"\sqrt{\pi x^2}"),
+    (r"xe^{x/2}", r"\sqrt{x^2e^x}"),
+    (r"\sqrt2\sin x", r"\sqrt{2\sin^2 x}"),
+    # inverse functions of functions
+    (r"\sinh^{-1}(\ln 2)", r"\frac{1}{\sinh(\ln 2)}"),
+    (r"\sinh^{-1}(\ln 2)", r"\frac43"),
+    (r"\tanh^{-1}(\sin x)", r"\frac{1}{\tanh(\sin x)}"),
+    (r"\cosh^{-1}(\ln x)", r"\cosh(\ln x)"),
+    # cot^-1 of negative numbers, of which some take -π/4 and others 3π/4
+    (r"\cot^{-1}(-1)", r"-\frac{\pi}{4}"),
+    (r"\cot^{-1}(-1)", r"\frac{3\pi}{4}"),
+    (r"\cot^{-1}(-\sqrt3)", r"-\frac{\pi}{6}"),
+    (r"\operatorname{arccot}(-2)", r"-\arctan\frac12"),
+    # groups with zeros in front are no lists
+    ("100,000", "100, 0"),
+    ("100,050", "100, 50"),
+    ("100,200,000", "100, 200, 0"),
     (r"\sqrt[4]{x^2}", r"\sqrt x"),
     (r"\sqrt{4x^2y^2}", "2xy"),
     # sets that are no fractional parts, rounding that is none, letters in names
@@ -1471,7 +1555,6 @@ DIFFERENT = [
     ("100", r"101 \approx 100"),
     ("3", r"\pi \approx 3"),
     ("3", r"2.5 \approx 3"),
-    (r"\frac{100}{3}", r"\frac{100}{3} \approx 33.43"),
     ("33.43", r"\frac{100}{3} \approx 33.43"),
     ("33.33", r"\frac{100}{3}"),
     ("2", r"\sqrt2 \approx 2"),
