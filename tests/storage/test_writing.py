@@ -173,7 +173,7 @@ def test_a_quota_that_is_full_names_the_file_and_loses_nothing(folder, bucket, m
     lines = Lines(folder / "metrics.jsonl", "0\n")
     bucket.fault(status=403, method="POST")
     with (
-        pytest.raises(RunError, match=r"^gs://bucket/.*metrics\.jsonl: cannot be written \(Forbidden: .* fix this and run"),
+        pytest.raises(RunError, match=r"^gs://bucket/.*metrics\.jsonl: cannot be written \(Forbidden: .* fix this"),
         writing(lines.path),
     ):
         lines.add("1")
