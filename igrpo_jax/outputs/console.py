@@ -245,14 +245,17 @@ class Console:
         """Returns `update(done, note="")`, which prints a line at each quarter of the way from 0 to `total`."""
         start = self._clock()
         printed = 4 * first // total if total else 0
+        counted_from: tuple[float, int] | None = None  # the first update: what was before it may have been compiling
 
         def update(done: int, note: str = "") -> None:
-            nonlocal printed
+            nonlocal printed, counted_from
+            now = self._clock()
+            counted_from = counted_from or (now, done)
             if total and 4 * done // total > printed:
                 printed = 4 * done // total
-                passed = self._clock() - start
-                left = (total - done) * passed / max(done - first, 1)
-                if passed > SILENT:
+                since, before = counted_from if done > counted_from[1] else (start, first)
+                left = (total - done) * (now - since) / max(done - before, 1)
+                if now - start > SILENT:
                     counted = f"{done}/{total} {unit}".rstrip()
                     self.message(f"{name} {counted}  {note}  left {hours(left)}")
 

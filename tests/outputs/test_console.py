@@ -80,7 +80,7 @@ def test_plain_console_prints_one_unwrapped_line_a_step():
         "step  4/10  solved 0.625  drafts solved 0.500  reward not finite  length 100  draft length 90"
         "  2.0 s/step  left 0:00:18"
     )
-    assert lines[1:3] == ["evaluation ...", "evaluation 5/8  half  left 0:00:06"]
+    assert lines[1:3] == ["evaluation ...", "evaluation 5/8  half  left 0:00:10"]  # 3 in 10 s
     assert lines[3].startswith("step 10/10") and lines[4:] == ["x" * 500]
     assert "\x1b" not in out.getvalue()
 
@@ -103,6 +103,15 @@ def test_a_phase_with_a_unit_says_how_much_it_is(monkeypatch):
         update(1000)
         assert any("1,000/2,000 MiB" in line for line in drawn(shown))
     assert "reading weights, 2,000 MiB: " in lines.plain_text(shown._out.file.getvalue())
+
+
+def test_the_time_left_of_a_phase_counts_no_compiling():
+    out, clock = io.StringIO(), Clock()
+    with console.Console(out, clock) as shown, shown.phase("warm start", total=100) as update:
+        for step in range(1, 51):
+            clock.now += 60 if step == 1 else 2
+            update(step)
+    assert [line.rpartition("left ")[2] for line in out.getvalue().splitlines()[1:]] == ["0:02:30", "0:01:40"]
 
 
 def test_a_stream_that_only_wants_colours_is_no_terminal(monkeypatch):
