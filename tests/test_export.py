@@ -158,7 +158,7 @@ def test_lora_on_a_model_of_files(trained, tmp_path):
     message = error_of(export.export, tmp_path / "run", tmp_path / "other")
     assert f"config.model.path = '{changed}': the weights differ" in message
     message = error_of(open_policy, config.ModelConfig(path=str(tmp_path / "peft")))
-    assert f"is a LoRA adapter (of {str(trained / 'export')!r}) not a whole model; write one with `python" in message
+    assert f"is a LoRA adapter (of {str(trained / 'export')!r}), not a whole model; write one with `python" in message
 
 
 @pytest.mark.parametrize(
