@@ -91,10 +91,7 @@ def checkpoint_of(model: str, step: int | None) -> tuple[Path | None, int | None
     run = folder if (folder / "checkpoints").is_dir() else None
     if step is not None and run is None:
         raise InputError(f"--step {step}: only the folder of a run has steps, which {model!r} is not; leave it out")
-    if run is None:
-        return None, None
-    newest = saved_step(run, step)
-    return run, cluster.from_first(lambda: newest)  # a run that goes on may have saved another since
+    return run, saved_step(run, step) if run else None
 
 
 def identity(model: str, run: Path | None, step: int | None) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from igrpo_jax.distributed import cluster
 from igrpo_jax.errors import InputError, named
 from igrpo_jax.outputs.checkpoint_mirror import READ, copy_for_readers, read_copy, steps_in
 from igrpo_jax.outputs.checksums import check
@@ -23,6 +24,9 @@ class Removed(InputError):
 def saved_step(workdir: Path, step: int | None = None) -> int:
     """Returns `step` where the run in `workdir` has a checkpoint of it, and its newest step where `step` is None.
 
+    All processes call it, because orbax lets them wait for each other, and get the same step: a run that goes on may
+    save another one meanwhile.
+
     Raises:
         InputError: there is no such checkpoint.
     """
@@ -38,7 +42,7 @@ def saved_step(workdir: Path, step: int | None = None) -> int:
             f"{workdir}: holds no checkpoint" if step is None else f"--step {step}: {workdir} holds no checkpoint of it"
         )
         raise InputError(f"{lacks}; {fix}")
-    return steps[-1] if step is None else step
+    return cluster.from_first(lambda: steps[-1]) if step is None else step
 
 
 def read_params(workdir: Path, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

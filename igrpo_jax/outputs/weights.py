@@ -151,7 +151,7 @@ def _read(
     """Returns the parameters of a checkpoint and its step, the newest where `step` is None."""
     removed: set[int] = set()
     while True:
-        chosen = cluster.from_first(lambda: saved_step(workdir, step))
+        chosen = saved_step(workdir, step)
         try:
             return read_params(workdir, chosen, abstract), chosen
         except Removed:
