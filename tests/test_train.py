@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -32,9 +33,11 @@ from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning import rollout
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.workdir import check_workdir, prepare_workdir
 from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.session import opening, overview, run_context, run_inputs
+from igrpo_jax.session.beginning import claim_folder
 from igrpo_jax.session.run import Run as Opened
 from igrpo_jax.session.run import utilization
 from igrpo_jax.session.run_inputs import open_inputs
@@ -44,7 +47,12 @@ def test_a_run_says_that_it_replaces_one_without_a_checkpoint(tmp_path):
     printed = io.StringIO()
     for seed in (0, 1):
         with contextlib.ExitStack() as stack, Console(printed) as console:
-            resumes, _ = opening._claim(tmp_path, config.Config(seed=seed), stack, console)
+            made = config.Config(seed=seed)
+            check, claim = (
+                functools.partial(check_workdir, tmp_path, made),
+                functools.partial(prepare_workdir, tmp_path, made),
+            )
+            resumes, _ = claim_folder(tmp_path, check, claim, stack, console)
             assert not resumes
     assert " ".join(printed.getvalue().split()) == (
         f"--workdir {tmp_path}: the run in it ended before its first checkpoint; this one takes its place, with other "

@@ -10,10 +10,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
@@ -34,22 +32,14 @@ from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.workdir import (
-    Claim,
-    check_shared,
-    check_workdir,
-    has_samples,
-    locked,
-    prepare_workdir,
-    record_settings,
-    recorded_date,
-)
+from igrpo_jax.outputs.workdir import check_workdir, has_samples, prepare_workdir, record_settings, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling import page_count
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.session import ending, overview, resuming
+from igrpo_jax.session.beginning import Beginning, claim_folder
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 from igrpo_jax.session.run_context import enter_mesh
@@ -89,16 +79,6 @@ class _Parts:
     console: Console
 
 
-class _Beginning(NamedTuple):
-    """Where a run begins, and the files that it goes on to write."""
-
-    resumed_after: int  # the step whose state it is; 0 is before the first update
-    learner: Learner
-    state: TrainState
-    progress: Progress
-    writer: Writer
-
-
 def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
     """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
     config, policy, plan = inputs.config, inputs.policy, inputs.evaluation_plan
@@ -108,7 +88,11 @@ def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib
     memory = cluster.from_first(device_bytes)  # processes of a team need equally many pages
     memory = memory and memory - training.resident_bytes
     sampler = open_run_programs(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
-    resumes, still_ours = _claim(workdir, config, stack, console)
+    check, claim = (
+        functools.partial(check_workdir, workdir, config),
+        functools.partial(prepare_workdir, workdir, config),
+    )
+    resumes, still_ours = claim_folder(workdir, check, claim, stack, console)
     if not resumes:
         ending.remove_finished(workdir)  # left by a run that this one replaces
     if config.checkpoint.push:  # so that no run is refused at its end
@@ -153,30 +137,6 @@ def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib
     return run, begun.state
 
 
-def _claim(
-    workdir: Path, config: Config, stack: contextlib.ExitStack, console: Console
-) -> tuple[bool, Callable[[], None]]:
-    """Claims `workdir` for this run only.
-
-    Prints a message if it replaces a run with other settings that ended before its first checkpoint.
-
-    Returns:
-        Whether `workdir` already holds a run of this configuration, and a function that raises RunError if the claim
-        has been lost.
-
-    Raises:
-        InputError: it holds another run, or files that belong to no run; it cannot be written; it is not the same
-            folder on all processes.
-    """
-    cluster.from_first(functools.partial(check_workdir, workdir, config))
-    still_ours = stack.enter_context(locked(workdir))
-    claim = Claim(*cluster.from_first(functools.partial(prepare_workdir, workdir, config)))
-    if notice := claim.notice(workdir):
-        console.message(notice)
-    check_shared(workdir)
-    return claim.resumes, still_ours
-
-
 def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Verifier:
     """Returns the verifier, whose judge keeps its verdicts in `workdir`; entering it starts the workers.
 
@@ -201,7 +161,7 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
     return latest
 
 
-def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: contextlib.ExitStack) -> _Beginning:
+def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: contextlib.ExitStack) -> Beginning:
     """Returns what the newest checkpoint holds, of the step `latest`; refuses one that the configuration does not
     fit."""
     inputs, workdir, console = parts.inputs, parts.workdir, parts.console
@@ -219,7 +179,7 @@ def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: cont
     before = meta.get("total_steps", inputs.total_steps)
     if told := resuming.new_schedule(inputs.config, before, inputs.total_steps, step):
         console.message(told)
-    return _Beginning(step, learner, state, progress, writer)
+    return Beginning(step, learner, state, progress, writer)
 
 
 def _first_program_shapes(inputs: RunInputs, engine: Engine, latest: int | None) -> ProgramShapes:
@@ -258,7 +218,7 @@ def _check_data(inputs: RunInputs, workdir: Path, fingerprint: str) -> None:
     )
 
 
-def _new_run(parts: _Parts, stack: contextlib.ExitStack) -> _Beginning:
+def _new_run(parts: _Parts, stack: contextlib.ExitStack) -> Beginning:
     """Returns what a new run begins with."""
     inputs, config = parts.inputs, parts.inputs.config
     writer = stack.enter_context(Writer(parts.workdir, config, nullable=NULLABLE))
@@ -270,7 +230,7 @@ def _new_run(parts: _Parts, stack: contextlib.ExitStack) -> _Beginning:
             params = _warm(inputs, params, writer, parts.console)
     learner = _learner(parts, params)
     state = learner.init(weights.adapters(config, inputs.policy, inputs.mesh) if lora else params)
-    return _Beginning(0, learner, state, Progress(), writer)
+    return Beginning(0, learner, state, Progress(), writer)
 
 
 def _learner(parts: _Parts, params: decoder.Params | None = None) -> Learner:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,11 @@ from igrpo_jax.outputs import trackers, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically
-from igrpo_jax.outputs.workdir import (
-    SFT,
-    Claim,
-    check_shared,
-    check_workdir,
-    locked,
-    prepare_workdir,
-    record_settings,
-    recorded_date,
-)
+from igrpo_jax.outputs.workdir import SFT, Claim, check_workdir, prepare_workdir, record_settings, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
 from igrpo_jax.session import resuming
+from igrpo_jax.session.beginning import Beginning, claim_folder
 from igrpo_jax.session.progress import Progress, check_finite
 from igrpo_jax.session.run_context import enter_mesh, preempted_after, run_context
 from igrpo_jax.session.run_inputs import check_prompts_per_step, origin
@@ -154,45 +147,67 @@ def open_sft(config: Config, recorded_date: str | None = None) -> SftInputs:
 def _run(inputs: SftInputs, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
     """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
     config, total = inputs.config, inputs.total_steps
-    made_for = supervised.learner_config(config)
     sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": total}
-    programs = LearnerPrograms(made_for, inputs.policy.cfg, inputs.mesh, **sizes)
-    cluster.from_first(functools.partial(_check, workdir, config))
-    still_ours = stack.enter_context(locked(workdir))
-    claim = Claim(*cluster.from_first(functools.partial(_claim, workdir, inputs)))
-    if notice := claim.notice(workdir):
-        console.message(notice)
-    check_shared(workdir)
+    programs = LearnerPrograms(supervised.learner_config(config), inputs.policy.cfg, inputs.mesh, **sizes)
+    check, claim = functools.partial(_check, workdir, config), functools.partial(_claim, workdir, inputs)
+    resumes, still_ours = claim_folder(workdir, check, claim, stack, console)
     console.table("SFT run", _overview(inputs, workdir))
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
-    latest = cluster.from_first(lambda: store.latest_step() if claim.resumes else None)
+    latest = cluster.from_first(lambda: store.latest_step() if resumes else None)
     ended = f"step {total} is in {workdir}; python -m igrpo_jax.export --workdir {workdir} --out HF_DIR"
-    if latest == total:
-        console.message(ended)
-        return
+    if latest != total:
+        begun = _begin(inputs, programs, workdir, store, latest, console, stack)
+        if resumes:
+            cluster.from_first(functools.partial(record_settings, workdir, config))
+        _steps(inputs, begun, workdir, store, still_ours, console)
+    console.message(ended)
+
+
+def _begin(
+    inputs: SftInputs,
+    programs: LearnerPrograms,
+    workdir: Path,
+    store: Checkpointer,
+    latest: int | None,
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> Beginning:
+    """Returns what the checkpoint of the step `latest` holds, or what a new run begins with where it is None."""
+    config, total = inputs.config, inputs.total_steps
     if latest is None:
         weights.record_first(inputs.policy, workdir)
     frozen = {}
     if config.model.lora.rank:  # other weights are refused before any row is dropped
         frozen = weights.first(config, inputs.policy, workdir, inputs.mesh, config.model.dtype, console)
     learner = Learner(programs, frozen=frozen, reference=None)
-    if latest is not None:
-        with console.phase(f"restoring step {latest}"):
-            resumed_after, state, meta = store.restore(programs.state)
-        resuming.check_not_past_end(config, total, workdir, resumed_after)
-        if told := resuming.new_schedule(made_for, meta.get("total_steps", total), total, resumed_after):
-            console.message(told)
-        writer = stack.enter_context(Writer(workdir, config, resumed_after))
-        progress = Progress.from_meta(meta, int(state.skipped))
-    else:
-        resumed_after, state, progress = 0, _first_state(inputs, learner, console), Progress()
-        writer = stack.enter_context(Writer(workdir, config))
-    if claim.resumes:
-        cluster.from_first(functools.partial(record_settings, workdir, config))
-    done, meta_of = resumed_after, lambda step: {"step": step, "total_steps": total} | progress.meta()
+    if latest is None:
+        state = _first_state(inputs, learner, console)
+        return Beginning(0, learner, state, Progress(), stack.enter_context(Writer(workdir, config)))
+    with console.phase(f"restoring step {latest}"):
+        step, state, meta = store.restore(programs.state)
+    resuming.check_not_past_end(config, total, workdir, step)
+    made_for = supervised.learner_config(config)
+    if told := resuming.new_schedule(made_for, meta.get("total_steps", total), total, step):
+        console.message(told)
+    writer = stack.enter_context(Writer(workdir, config, step))
+    return Beginning(step, learner, state, Progress.from_meta(meta, int(state.skipped)), writer)
+
+
+def _steps(
+    inputs: SftInputs,
+    begun: Beginning,
+    workdir: Path,
+    store: Checkpointer,
+    still_ours: Callable[[], None],
+    console: Console,
+) -> None:
+    """Runs the steps that are left, and saves the state after those that are due, the last one and a preemption."""
+    done, learner, state, progress, writer = begun
+    total = inputs.total_steps
+    meta_of = lambda step: {"step": step, "total_steps": total} | progress.meta()
     try:
-        for step in range(resumed_after + 1, total + 1):
+        for step in range(done + 1, total + 1):
             if cluster.any_of(preemption.noted()):
                 raise Preempted
             state = _step(inputs, learner, state, step, progress, writer, console)
@@ -207,7 +222,6 @@ def _run(inputs: SftInputs, workdir: Path, console: Console, stack: contextlib.E
     with console.phase("writing the last checkpoint"):
         store.wait()
     writer.sync()
-    console.message(ended)
 
 
 def _step(

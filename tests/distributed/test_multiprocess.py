@@ -92,6 +92,11 @@ def run(folder: Path, workdir: Path | str, count: int, inject: dict[int, str], s
     """A run of `count` processes that have `whole` devices together; `inject` are statements for some of them."""
     overrides = [f"{name}={value}" for name, value in (SETTINGS | fields).items()]
     arguments = ["igrpo_jax.main", *whole_runs.command(folder, workdir, *overrides)]
+    return command("main", arguments, folder, count, inject, slurm, whole)
+
+
+def command(name: str, arguments: list, folder: Path, count: int, inject: dict[int, str], slurm: bool, whole=8) -> list:
+    """As `run`, of the command `name` of the package."""
     port, processes = free_port(), []
     for own in range(count):
         if slurm:  # JAX finds the port by the job's number
@@ -101,7 +106,7 @@ def run(folder: Path, workdir: Path | str, count: int, inject: dict[int, str], s
         else:
             job = {}
             flags = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(own)]
-        program = "from igrpo_jax import main\nfrom igrpo_jax.cli import exits\nexits.run(main.main)\n"
+        program = f"from igrpo_jax import {name}\nfrom igrpo_jax.cli import exits\nexits.run({name}.main)\n"
         program = f"{inject.get(own, '')}\n{program}"
         env = devices.environment(whole // count, JAX_PLATFORMS="cpu", PYTHONPATH=str(folder), **job)
         processes.append(Started(program, arguments + flags, env))
@@ -203,6 +208,21 @@ def test_one_process_restores_what_two_saved(two, one, folder):
     assert a.keys() == b.keys() and any("mu" in name for name in a)
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow(seconds=15)
+def test_two_processes_evaluate_the_newest_checkpoint_as_one(two, folder):
+    answers = []
+    for count in (1, 2):
+        out = folder / f"evaluated by {count}"
+        flags = ["--model", two[0], "--workdir", out, "--benchmarks", "arithmetic", "--samples", 2]
+        arguments = ["igrpo_jax.evaluate", *flags, "--config.rollout.slots=8"]
+        processes = command("evaluate", arguments, folder, count, {}, slurm=False)
+        assert [code for code, _ in processes] == [0] * count, processes
+        assert json.loads((out / "summary.json").read_text())["step"] == 3
+        rows = map(json.loads, (out / "arithmetic.jsonl").read_text().splitlines())
+        answers.append(sorted((row["prompt"], row["sample_id"], row["text"]) for row in rows))
+    assert answers[0] == answers[1] and len(set(answers[0])) == 8
 
 
 @pytest.mark.proof
