@@ -20,13 +20,12 @@ from igrpo_jax.distributed.programs import compilations, peak_memory
 from igrpo_jax.errors import InputError, RunError
 from igrpo_jax.learning import credit, diagnostics
 from igrpo_jax.learning.train_state import TrainState
-from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.metrics import rollout_metrics
 from igrpo_jax.rewards import main_guard
 from igrpo_jax.session import ending
 from igrpo_jax.session.opening import open_run
 from igrpo_jax.session.run import Run, StepResult, throughput
-from igrpo_jax.session.run_context import run_context
+from igrpo_jax.session.run_context import RunContext, run_context
 from igrpo_jax.storage.writing import spool_folder
 
 OnStep = Callable[[int, Mapping[str, float]], object]
@@ -52,16 +51,14 @@ def train(config: Config, workdir: str | Path, on_step: OnStep | None = None) ->
     main_guard.check_main()
     if on_step is not None and not callable(on_step):
         raise InputError(f"on_step = {on_step!r}: must be a function of a step's number and its metrics, or None")
-    with run_context(config, workdir) as (path, console, stack):
-        if not ending.is_finished(path, config, console):
-            _train(config, path, console, stack, on_step)
+    with run_context(config, workdir) as context:
+        if not ending.is_finished(context.workdir, config, context.console):
+            _train(config, context, on_step)
 
 
-def _train(
-    config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack, on_step: OnStep | None
-) -> None:
+def _train(config: Config, context: RunContext, on_step: OnStep | None) -> None:
     """Opens the run and takes its remaining steps. On Ctrl-C `run_context` clears this frame, which frees the state."""
-    run, state = open_run(config, workdir, console, stack)
+    run, state = open_run(config, context)
     done = run.resumed_after
     is_watched = cluster.any_of(on_step is not None)  # it may be given on one process only
     if is_watched and done and run.progress.interrupted == done:

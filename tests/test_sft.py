@@ -22,6 +22,7 @@ from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.session import opening, sft
+from igrpo_jax.session.run_context import RunContext
 from igrpo_jax.storage import lease as leases
 from igrpo_jax.storage import writing
 from igrpo_jax.storage.addresses import path_of
@@ -70,7 +71,7 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, 
     export.export(tmp_path / "cut", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
     assert (tmp_path / "out" / "model.safetensors").exists()
-    message = error_of(opening.open_run, settings, tmp_path / "run", None, None)
+    message = error_of(opening.open_run, settings, RunContext(tmp_path / "run", None, None))
     assert "holds an SFT run; export it, and train the export (model.path) in another --workdir" in message
 
 
@@ -214,10 +215,10 @@ def test_what_evaluations_ask_is_no_example_and_a_resume_asks_the_same(settings,
     inputs = sft.open_sft(settings)
     assert len(inputs.examples) == 19 and ("training problems like mine's", "1 of 20, left out") in inputs.notes
     (tmp_path / "run").mkdir()
-    sft._claim(tmp_path / "run", inputs)
+    sft._claim(inputs, tmp_path / "run", inputs.config)
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     other = sft.open_sft(replace(settings, evaluation=config.EvaluationConfig()))
-    message = error_of(sft._claim, tmp_path / "run", other)
+    message = error_of(sft._claim, other, tmp_path / "run", other.config)
     assert "restore the problems, config.evaluation.benchmarks and config.evaluation.data_dir" in message
 
 
@@ -229,11 +230,11 @@ def test_what_sft_needs(settings, tmp_path):
     inputs = sft.open_sft(settings)
     (tmp_path / "of_a_run" / "samples").mkdir(parents=True)
     (tmp_path / "of_a_run" / "config.json").write_text("{}")
-    assert "holds a run that is not of SFT" in error_of(sft._claim, tmp_path / "of_a_run", inputs)
+    assert "holds a run that is not of SFT" in error_of(sft._claim, inputs, tmp_path / "of_a_run", inputs.config)
     # One that was killed as soon as it had written its settings.
     (tmp_path / "killed").mkdir()
     workdirs.prepare_workdir(tmp_path / "killed", inputs.config)
-    assert sft._claim(tmp_path / "killed", inputs) == (True, [])
+    assert sft._claim(inputs, tmp_path / "killed", inputs.config) == (True, [])
     tree = config.default()
     tree.sft.draft_fraction = 0.5
     assert "config.sft.draft_column = ''" in error_of(config.freeze, tree)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import io
 import json
@@ -47,12 +46,8 @@ def test_a_run_says_that_it_replaces_one_without_a_checkpoint(tmp_path):
     printed = io.StringIO()
     for seed in (0, 1):
         with contextlib.ExitStack() as stack, Console(printed) as console:
-            made = config.Config(seed=seed)
-            check, claim = (
-                functools.partial(check_workdir, tmp_path, made),
-                functools.partial(prepare_workdir, tmp_path, made),
-            )
-            resumes, _ = claim_folder(tmp_path, check, claim, stack, console)
+            context = run_context.RunContext(tmp_path, console, stack)
+            resumes, _ = claim_folder(context, config.Config(seed=seed), check_workdir, prepare_workdir)
             assert not resumes
     assert " ".join(printed.getvalue().split()) == (
         f"--workdir {tmp_path}: the run in it ended before its first checkpoint; this one takes its place, with other "

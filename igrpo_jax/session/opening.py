@@ -8,7 +8,6 @@
    its checkpoint is refused here, before settings, rows or samples in the folder change.
 """
 
-import contextlib
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,31 +41,32 @@ from igrpo_jax.session import ending, overview, resuming
 from igrpo_jax.session.beginning import Beginning, claim_folder
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
-from igrpo_jax.session.run_context import enter_mesh
+from igrpo_jax.session.run_context import RunContext, enter_mesh
 from igrpo_jax.session.run_inputs import RunInputs, open_inputs, open_run_programs, origin
 from igrpo_jax.session.sft import refuse_sft
 
 
-def open_run(config: Config, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
-    """Opens the run that `config` describes in `workdir`; returns it with the state that its next step begins with.
+def open_run(config: Config, context: RunContext) -> tuple[Run, TrainState]:
+    """Opens the run that `config` describes in the folder of `context`.
 
-    Args:
-        stack: gets what must be closed, however the run ends.
+    Returns:
+        The run, and the state that its next step begins with.
 
     Raises:
-        InputError: something in `config` or what it names is wrong, or `workdir` holds another run.
+        InputError: something in `config` or what it names is wrong, or the folder holds another run.
         RunError: no checkpoint can be read; a full disk.
         Preempted: SIGTERM arrived during this call.
     """
+    workdir = context.workdir
     refuse_sft(workdir)
     if config.checkpoint.export or config.checkpoint.push:
         hf_write.check_place(workdir / "export")
     inputs = open_inputs(config, cluster.from_first(functools.partial(recorded_date, workdir)))
     config = inputs.config
     read = {"training problems": inputs.fingerprint, "evaluation problems": inputs.evaluation_plan.fingerprint}
-    enter_mesh(stack, config, inputs.mesh, read | {"weights of config.model.path": inputs.policy.fingerprint})
+    enter_mesh(context, config, inputs.mesh, read | {"weights of config.model.path": inputs.policy.fingerprint})
     with watchdog.phase("start"):
-        return _start(inputs, workdir, console, stack)
+        return _start(inputs, context)
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class _Parts:
     """What the state that a run begins with is made of."""
 
     inputs: RunInputs
-    workdir: Path
     training: LearnerPrograms
-    console: Console
+    context: RunContext
 
 
-def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
-    """Claims `workdir`, puts the parts together, and brings them to where the first step can begin."""
+def _start(inputs: RunInputs, context: RunContext) -> tuple[Run, TrainState]:
+    """Claims the folder, puts the parts together, and brings them to where the first step can begin."""
+    workdir, console, stack = context
     config, policy, plan = inputs.config, inputs.policy, inputs.evaluation_plan
     # Making these two checks slots, mesh, the objective's settings and LoRA's targets, before anything is written.
     sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": inputs.total_steps}
@@ -88,11 +88,7 @@ def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib
     memory = cluster.from_first(device_bytes)  # processes of a team need equally many pages
     memory = memory and memory - training.resident_bytes
     sampler = open_run_programs(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
-    check, claim = (
-        functools.partial(check_workdir, workdir, config),
-        functools.partial(prepare_workdir, workdir, config),
-    )
-    resumes, still_ours = claim_folder(workdir, check, claim, stack, console)
+    resumes, still_ours = claim_folder(context, config, check_workdir, prepare_workdir)
     if not resumes:
         ending.remove_finished(workdir)  # left by a run that this one replaces
     if config.checkpoint.push:  # so that no run is refused at its end
@@ -113,8 +109,8 @@ def _start(inputs: RunInputs, workdir: Path, console: Console, stack: contextlib
         tell = lambda: console.table("Memory", overview.memory(engine, training))
         stack.enter_context(compiling(first, engine.program_shapes, update, console.phase, tell, warms_up))
     stack.enter_context(showing_waits(console.waiting))
-    parts = _Parts(inputs, workdir, training, console)
-    begun = _new_run(parts, stack) if latest is None else _resumed(parts, checkpointer, latest, stack)
+    parts = _Parts(inputs, training, context)
+    begun = _new_run(parts) if latest is None else _resumed(parts, checkpointer, latest)
     if resumes:
         cluster.from_first(functools.partial(_record_resume, workdir, config))
     run = Run(
@@ -161,10 +157,10 @@ def _latest_step(workdir: Path, checkpointer: Checkpointer, resumes: bool) -> in
     return latest
 
 
-def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int, stack: contextlib.ExitStack) -> Beginning:
+def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int) -> Beginning:
     """Returns what the newest checkpoint holds, of the step `latest`; refuses one that the configuration does not
     fit."""
-    inputs, workdir, console = parts.inputs, parts.workdir, parts.console
+    inputs, (workdir, console, stack) = parts.inputs, parts.context
     with console.phase(f"restoring step {latest}"):
         step, state, meta = checkpointer.restore(parts.training.state)
         _check_data(inputs, workdir, meta["data"])
@@ -218,16 +214,16 @@ def _check_data(inputs: RunInputs, workdir: Path, fingerprint: str) -> None:
     )
 
 
-def _new_run(parts: _Parts, stack: contextlib.ExitStack) -> Beginning:
+def _new_run(parts: _Parts) -> Beginning:
     """Returns what a new run begins with."""
-    inputs, config = parts.inputs, parts.inputs.config
-    writer = stack.enter_context(Writer(parts.workdir, config, nullable=NULLABLE))
-    weights.record_first(inputs.policy, parts.workdir)
+    inputs, config, (workdir, console, stack) = parts.inputs, parts.inputs.config, parts.context
+    writer = stack.enter_context(Writer(workdir, config, nullable=NULLABLE))
+    weights.record_first(inputs.policy, workdir)
     params, lora = None, config.model.lora.rank > 0
     if not (lora and inputs.policy.path):  # LoRA on a real model reads it once, as the weights that stay fixed
-        params = weights.load(inputs.policy, inputs.mesh, config.seed, "float32", parts.console)
+        params = weights.load(inputs.policy, inputs.mesh, config.seed, "float32", console)
         if config.warm_start.steps:
-            params = _warm(inputs, params, writer, parts.console)
+            params = _warm(inputs, params, writer, console)
     learner = _learner(parts, params)
     state = learner.init(weights.adapters(config, inputs.policy, inputs.mesh) if lora else params)
     return Beginning(0, learner, state, Progress(), writer)
@@ -239,9 +235,9 @@ def _learner(parts: _Parts, params: decoder.Params | None = None) -> Learner:
     Args:
         params: the weights that a new run starts from; None to read them from the model's files or workdir/reference.
     """
-    inputs, config = parts.inputs, parts.inputs.config
+    inputs, config, (workdir, console, _) = parts.inputs, parts.inputs.config, parts.context
     first = functools.partial(
-        weights.first, config, inputs.policy, parts.workdir, inputs.mesh, console=parts.console, params=params
+        weights.first, config, inputs.policy, workdir, inputs.mesh, console=console, params=params
     )
     lora = config.model.lora.rank > 0
     frozen, reference = first(config.model.dtype) if lora else {}, None

@@ -18,7 +18,7 @@ from igrpo_jax.storage.addresses import is_remote, names, path_of
 
 
 class RunContext(NamedTuple):
-    """What is set up before any input of a run is read."""
+    """What is set up before any input of a run is read, and what the run is opened and carried out in."""
 
     workdir: Path
     console: Console
@@ -68,7 +68,7 @@ def preempted_after(step: int, total_steps: int, workdir: Path) -> Preempted:
     return Preempted(f"preempted: step {step} of {total_steps} is saved in {workdir}")
 
 
-def enter_mesh(stack: contextlib.ExitStack, config: Config, mesh: jax.sharding.Mesh, read: Mapping[str, Any]) -> None:
+def enter_mesh(context: RunContext, config: Config, mesh: jax.sharding.Mesh, read: Mapping[str, Any]) -> None:
     """Checks that all processes run the same thing, then sets the mesh and starts the watchdog.
 
     Args:
@@ -78,5 +78,5 @@ def enter_mesh(stack: contextlib.ExitStack, config: Config, mesh: jax.sharding.M
         InputError: the processes have different settings, or have read different things.
     """
     cluster.check_same({"config": to_dict(config), **read})
-    stack.enter_context(jax.set_mesh(mesh))
-    stack.enter_context(watchdog.watching(config.watchdog))
+    context.stack.enter_context(jax.set_mesh(mesh))
+    context.stack.enter_context(watchdog.watching(config.watchdog))

@@ -5,7 +5,6 @@ It imitates the solutions of config.data.train with the settings of a run: `mode
 like any run's, and the file SFT in it says that reinforcement learning does not go on there.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -41,7 +40,7 @@ from igrpo_jax.records import Prompt
 from igrpo_jax.session import resuming
 from igrpo_jax.session.beginning import Beginning, claim_folder
 from igrpo_jax.session.progress import Progress, check_finite
-from igrpo_jax.session.run_context import enter_mesh, preempted_after, run_context
+from igrpo_jax.session.run_context import RunContext, enter_mesh, preempted_after, run_context
 from igrpo_jax.session.run_inputs import check_prompts_per_step, origin
 from igrpo_jax.storage.addresses import names
 from igrpo_jax.storage.reading import read_bytes
@@ -90,11 +89,11 @@ def train_sft(config: Config, workdir: str | Path) -> None:
         RunError: the run cannot go on: a full disk, or steps that are not finite.
         Preempted: SIGTERM arrived, and what can be resumed is saved.
     """
-    with run_context(config, workdir) as (path, console, stack):
-        inputs = open_sft(config, cluster.from_first(functools.partial(recorded_date, path)))
+    with run_context(config, workdir) as context:
+        inputs = open_sft(config, cluster.from_first(functools.partial(recorded_date, context.workdir)))
         read = {"examples": inputs.fingerprint, "weights of config.model.path": inputs.policy.fingerprint}
-        enter_mesh(stack, inputs.config, inputs.mesh, read)
-        _run(inputs, path, console, stack)
+        enter_mesh(context, inputs.config, inputs.mesh, read)
+        _run(inputs, context)
 
 
 def open_sft(config: Config, recorded_date: str | None = None) -> SftInputs:
@@ -144,37 +143,31 @@ def open_sft(config: Config, recorded_date: str | None = None) -> SftInputs:
     return SftInputs(config, policy, renderer, mesh, examples, notes, longest_prompt, steps)
 
 
-def _run(inputs: SftInputs, workdir: Path, console: Console, stack: contextlib.ExitStack) -> None:
-    """Claims `workdir`, restores or creates the state, and runs the steps that are left."""
-    config, total = inputs.config, inputs.total_steps
+def _run(inputs: SftInputs, context: RunContext) -> None:
+    """Claims the folder, restores or creates the state, and runs the steps that are left."""
+    config, total, (workdir, console, stack) = inputs.config, inputs.total_steps, context
     sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": total}
     programs = LearnerPrograms(supervised.learner_config(config), inputs.policy.cfg, inputs.mesh, **sizes)
-    check, claim = functools.partial(_check, workdir, config), functools.partial(_claim, workdir, inputs)
-    resumes, still_ours = claim_folder(workdir, check, claim, stack, console)
+    claim = functools.partial(_claim, inputs)
+    resumes, still_ours = claim_folder(context, config, _check, claim)
     console.table("SFT run", _overview(inputs, workdir))
     store = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     stack.enter_context(showing_waits(console.waiting))
     latest = cluster.from_first(lambda: store.latest_step() if resumes else None)
     ended = f"step {total} is in {workdir}; python -m igrpo_jax.export --workdir {workdir} --out HF_DIR"
     if latest != total:
-        begun = _begin(inputs, programs, workdir, store, latest, console, stack)
+        begun = _begin(inputs, programs, store, latest, context)
         if resumes:
             cluster.from_first(functools.partial(record_settings, workdir, config))
-        _steps(inputs, begun, workdir, store, still_ours, console)
+        _steps(inputs, begun, store, still_ours, context)
     console.message(ended)
 
 
 def _begin(
-    inputs: SftInputs,
-    programs: LearnerPrograms,
-    workdir: Path,
-    store: Checkpointer,
-    latest: int | None,
-    console: Console,
-    stack: contextlib.ExitStack,
+    inputs: SftInputs, programs: LearnerPrograms, store: Checkpointer, latest: int | None, context: RunContext
 ) -> Beginning:
     """Returns what the checkpoint of the step `latest` holds, or what a new run begins with where it is None."""
-    config, total = inputs.config, inputs.total_steps
+    config, total, (workdir, console, stack) = inputs.config, inputs.total_steps, context
     if latest is None:
         weights.record_first(inputs.policy, workdir)
     frozen = {}
@@ -195,12 +188,7 @@ def _begin(
 
 
 def _steps(
-    inputs: SftInputs,
-    begun: Beginning,
-    workdir: Path,
-    store: Checkpointer,
-    still_ours: Callable[[], None],
-    console: Console,
+    inputs: SftInputs, begun: Beginning, store: Checkpointer, still_ours: Callable[[], None], context: RunContext
 ) -> None:
     """Runs the steps that are left, and saves the state after those that are due, the last one and a preemption."""
     done, learner, state, progress, writer = begun
@@ -210,7 +198,7 @@ def _steps(
         for step in range(done + 1, total + 1):
             if cluster.any_of(preemption.noted()):
                 raise Preempted
-            state = _step(inputs, learner, state, step, progress, writer, console)
+            state = _step(inputs, learner, state, step, progress, writer, context.console)
             done = step
             still_ours()
             store.save(step, state, meta_of(step), force=step == total, before=writer.sync)
@@ -218,8 +206,8 @@ def _steps(
         still_ours()
         store.save(done, state, meta_of(done), force=True, before=writer.sync)
         store.wait()
-        raise preempted_after(done, total, workdir) from None
-    with console.phase("writing the last checkpoint"):
+        raise preempted_after(done, total, context.workdir) from None
+    with context.console.phase("writing the last checkpoint"):
         store.wait()
     writer.sync()
 
@@ -267,15 +255,15 @@ def _check(workdir: Path, config: Config) -> None:
     check_workdir(workdir, config)
 
 
-def _claim(workdir: Path, inputs: SftInputs) -> Claim:
+def _claim(inputs: SftInputs, workdir: Path, config: Config) -> Claim:
     """Claims `workdir` for SFT on these examples.
 
     Raises:
         InputError: it holds another run, a run of reinforcement learning, or one of SFT on other examples.
     """
-    _check(workdir, inputs.config)  # again, inside the lock: another process may have begun a run since
+    _check(workdir, config)  # again, inside the lock: another process may have begun a run since
     kind, present = workdir / SFT, names(workdir)
-    claim = prepare_workdir(workdir, inputs.config)
+    claim = prepare_workdir(workdir, config)
     if claim.resumes and kind.name in present and json.loads(read_bytes(kind))["examples"] != inputs.fingerprint:
         raise InputError(
             f"config.data.train = {inputs.config.data.train!r}: its examples differ from those that the run in "

@@ -28,7 +28,8 @@ from igrpo_jax.outputs.files import write_rows
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.report import __main__ as draw
 from igrpo_jax.report import runs
-from igrpo_jax.session import ending, opening
+from igrpo_jax.session import beginning, ending
+from igrpo_jax.session.run_context import RunContext
 from igrpo_jax.storage import lease as leases
 from igrpo_jax.storage.addresses import path_of
 from igrpo_jax.storage.reading import kept_in
@@ -118,7 +119,12 @@ def test_one_run_at_a_time(folder):
 def test_of_two_runs_that_start_at_once_the_settings_are_those_of_the_one_that_has_the_lock(
     folder, bucket, monkeypatch, tmp_path
 ):
-    take, (first, second) = opening.locked, (contextlib.ExitStack(), contextlib.ExitStack())
+    take, (first, second) = beginning.locked, (contextlib.ExitStack(), contextlib.ExitStack())
+
+    def claim(path, seed, stack):
+        context = RunContext(path, Console(io.StringIO()), stack)
+        beginning.claim_folder(context, configured(seed=seed), workdirs.check_workdir, workdirs.prepare_workdir)
+
     for place in (folder, tmp_path / "run"):
 
         def locked(path):
@@ -128,14 +134,14 @@ def test_of_two_runs_that_start_at_once_the_settings_are_those_of_the_one_that_h
                 first.enter_context(take(path))
                 return take(path)
 
-            monkeypatch.setattr(opening, "locked", slow)
+            monkeypatch.setattr(beginning, "locked", slow)
             with pytest.raises(InputError, match="a run is under way there"):
-                opening._claim(path, configured(seed=1), second, Console(io.StringIO()))
+                claim(path, 1, second)
             return contextlib.nullcontext()
 
-        monkeypatch.setattr(opening, "locked", locked)
+        monkeypatch.setattr(beginning, "locked", locked)
         with first, second:
-            opening._claim(place, configured(seed=0), first, Console(io.StringIO()))
+            claim(place, 0, first)
             assert workdirs.read_config(place).seed == 0
 
 
