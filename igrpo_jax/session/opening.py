@@ -19,6 +19,7 @@ from igrpo_jax.data.builtin import TASKS
 from igrpo_jax.distributed import cluster, watchdog
 from igrpo_jax.distributed.compiling import ProgramShapes, compiling
 from igrpo_jax.distributed.programs import device_bytes, showing_waits
+from igrpo_jax.distributed.teams import Team
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.learning.learner import Learner
@@ -99,7 +100,7 @@ def _start(inputs: RunInputs, context: RunContext) -> tuple[Run, TrainState]:
         engine = Engine(policy.cfg, inputs.mesh, page_count.fitted(sampler))
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
     console.table(title, overview.before(config, inputs, engine, training, workdir))
-    verifier = stack.enter_context(_verifier(config, workdir, inputs.total_steps, engine.team.count))
+    verifier = stack.enter_context(_verifier(config, workdir, inputs.total_steps, engine.team))
     checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint))
     latest = _latest_step(workdir, checkpointer, resumes)
     if latest != inputs.total_steps:
@@ -133,14 +134,15 @@ def _start(inputs: RunInputs, context: RunContext) -> tuple[Run, TrainState]:
     return run, begun.state
 
 
-def _verifier(config: Config, workdir: Path, total_steps: int, teams: int) -> Verifier:
+def _verifier(config: Config, workdir: Path, total_steps: int, team: Team) -> Verifier:
     """Returns the verifier, whose judge keeps its verdicts in `workdir`; entering it starts the workers.
 
     Args:
-        teams: how many teams of processes sample and score independently; they share the judge's budget.
+        team: the team of this process, whose share of the judge's budget is that of its prompts, rounded up.
     """
-    judge = config.rewards.judge
-    rewards = replace(config.rewards, judge=replace(judge, budget=judge.budget and max(1, judge.budget // teams)))
+    judge, count = config.rewards.judge, config.prompts_per_step
+    share = -(-judge.budget * len(team.positions(count)) // count)
+    rewards = replace(config.rewards, judge=replace(judge, budget=judge.budget and max(1, share)))  # 0 has no limit
     limit, name = config.rollout.max_completion_length, config.data.answer_name
     return Verifier(rewards, limit, name, workdir / "judge.sqlite", total_steps, jax.process_index())
 

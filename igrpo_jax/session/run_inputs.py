@@ -177,26 +177,34 @@ def rehearsed_judge(settings: JudgeConfig, prompt: Prompt, opening: str) -> list
 def checked_budget(config: Config) -> list[tuple[str, str]]:
     """Compares config.rewards.judge.budget with what a step asks the judge where all its completions differ.
 
+    What is asked without redraws decides whether it is refused. Redraws are only possible, and how many there will be
+    depends on the policy, so a budget that is too small for all of them is told.
+
     Returns:
-        What some completions will lack, for the table that a run prints; nothing where none need lack a verdict.
+        What some completions may lack, for the table that a run prints; nothing where none can lack a verdict.
 
     Raises:
         InputError: so many would lack one that the run would stop.
     """
     algorithm, rewards = config.algorithm, config.rewards
-    budget = rewards.judge.budget
+    budget, most = rewards.judge.budget, rewards.max_error_fraction
     refined = algorithm.num_drafts if algorithm.draft_selection == "refined" and algorithm.num_drafts else 1
     asked = config.prompts_per_step * (algorithm.num_drafts + refined * algorithm.num_generations)
-    if not rewards.judge.weight or not budget or budget >= asked:
+    with_redraws = asked * (1 + algorithm.max_redraws)
+    if not rewards.judge.weight or not budget or budget >= with_redraws:
         return []
-    if (asked - budget) / asked > rewards.max_error_fraction:
+    if (asked - budget) / asked > most:
         raise InputError(
             f"config.rewards.judge.budget = {budget}: a step asks for up to {asked} verdicts, and the run stops if "
-            f"more than config.rewards.max_error_fraction = {rewards.max_error_fraction:g} of them are missing; set it "
-            f"to 0 for no limit, to at least {asked - math.floor(asked * rewards.max_error_fraction)} ({asked}, "
-            "plus some for retries, gives all of them one), or raise that fraction"
+            f"more than config.rewards.max_error_fraction = {most:g} of them are missing; set it to 0 for no limit, to "
+            f"at least {asked - math.floor(asked * most)} ({with_redraws}, plus some for retries, gives all of them "
+            f"one{', those of redraws too' if algorithm.max_redraws else ''}), or raise that fraction"
         )
-    return [("judge", f"{budget} requests per step for up to {asked} completions; the rest get no verdict")]
+    note = f"{budget} requests per step for up to {with_redraws} completions; the rest get no verdict"
+    if (with_redraws - budget) / with_redraws > most:
+        # A group without verdicts has no signal, so it is drawn again until its redraws are used up.
+        note += f", and a step that asks for more than {math.floor(budget / (1 - most))}, by its redraws, stops the run"
+    return [("judge", note)]
 
 
 def _reply(answer: str, opening: str) -> str:

@@ -695,6 +695,30 @@ def test_a_budget_that_would_stop_the_run_is_refused(endpoint):
         run_inputs.open_inputs(every)
 
 
+@pytest.mark.parametrize(
+    ("budget", "note"),
+    [
+        (48, None),
+        (47, "47 requests per step for up to 48 completions; the rest get no verdict"),
+        (24, "24 requests per step for up to 48 completions; the rest get no verdict"),
+        (
+            23,
+            "23 requests per step for up to 48 completions; the rest get no verdict, and a step that asks for more "
+            "than 46, by its redraws, stops the run",
+        ),
+    ],
+)
+def test_a_budget_that_redraws_could_use_up_is_told(endpoint, budget, note):
+    """Redraws are possible, not certain: a budget that lasts without them is not refused."""
+    c = judged(endpoint, budget=budget)
+    c = dataclasses.replace(c, algorithm=dataclasses.replace(c.algorithm, max_redraws=2))
+    notes = dict(run_inputs.checked_budget(c))
+    assert notes == ({"judge": note} if note else {})
+    refused = dataclasses.replace(c.rewards, judge=dataclasses.replace(c.rewards.judge, budget=7))
+    with pytest.raises(InputError, match=re.escape("at least 8 (48, plus some for retries, gives all of them one, ")):
+        run_inputs.checked_budget(dataclasses.replace(c, rewards=refused))
+
+
 def test_the_budget_may_change_on_a_resume():
     old, new = (config.to_dict(config.Config()) for _ in range(2))
     new["rewards"]["judge"]["budget"] = 5

@@ -7,13 +7,25 @@ from whole_runs import settings
 
 from igrpo_jax import train
 from igrpo_jax.distributed.programs import compilations
+from igrpo_jax.distributed.teams import Team
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.session import run_inputs
+from igrpo_jax.session import opening, run_inputs
 
 REWARD = """
 def brevity(prompts, completions, **columns):
     return [-float(len(text)) for text in completions]
 """
+
+
+@pytest.mark.parametrize(
+    ("budget", "count", "teams", "shares"),
+    [(24, 3, 2, [16, 8]), (25, 3, 2, [17, 9]), (7, 4, 1, [7]), (1, 4, 2, [1, 1]), (0, 3, 2, [0, 0]), (8, 1, 2, [8, 1])],
+)
+def test_each_team_has_the_judges_budget_of_its_prompts(monkeypatch, tmp_path, budget, count, teams, shares):
+    """A share of 0 would have no limit."""
+    monkeypatch.setattr(opening, "Verifier", lambda rewards, *_: rewards.judge.budget)
+    run = settings(**{"rewards.judge.budget": budget, "prompts_per_step": count})
+    assert [opening._verifier(run, tmp_path, 1, Team(number, teams)) for number in range(teams)] == shares
 
 
 class TableEnds(Exception):
