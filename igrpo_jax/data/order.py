@@ -6,6 +6,8 @@ continues without replaying anything. Redraws (algorithm.max_redraws) do not mov
 order for them, and the problems that they use still have their turn.
 """
 
+from fractions import Fraction
+
 import numpy as np
 
 
@@ -24,6 +26,14 @@ def step_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
     epochs, offsets = np.divmod(np.arange(step * per_step, (step + 1) * per_step), count)
     orders = {epoch: epoch_order(count, seed, epoch) for epoch in set(epochs.tolist())}
     return [int(orders[epoch][offset]) for epoch, offset in zip(epochs.tolist(), offsets.tolist(), strict=True)]
+
+
+def steps_of_epochs(epochs: float, per_step: int, count: int) -> int:
+    """Returns how many whole rollouts `epochs` passes over `count` rows have, at least 1.
+
+    The decimals of `epochs` count as they are written: 0.29 passes over 100 rows are 29 rows, and 28.999... in floats.
+    """
+    return max(1, int(Fraction(str(epochs)) * count / per_step))
 
 
 def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int) -> list[int]:

@@ -113,7 +113,7 @@ def open_inputs(config: Config, recorded_date: str | None = None) -> RunInputs:
             f"config.warm_start.batch_size = {config.warm_start.batch_size}: must be a multiple of mesh.data x "
             f"mesh.fsdp = {shards}, over which a batch is split"
         )
-    batches = max(1, int(config.epochs * len(prompts) / config.prompts_per_step))
+    batches = order.steps_of_epochs(config.epochs, config.prompts_per_step, len(prompts))
     steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
     check_profiled(config.log, steps)
     return RunInputs(config, policy, renderer, mesh, prompts, skipped, notes, evaluation_plan, longest_prompt, steps)

@@ -139,7 +139,7 @@ def open_sft(config: Config, recorded_date: str | None = None) -> SftInputs:
         )
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
-    steps = config.steps or max(1, int(config.epochs * len(examples) / config.prompts_per_step))
+    steps = config.steps or order.steps_of_epochs(config.epochs, config.prompts_per_step, len(examples))
     return SftInputs(config, policy, renderer, mesh, examples, notes, longest_prompt, steps)
 
 

@@ -1,6 +1,7 @@
 """The order in which a run reads its problems."""
 
 import numpy as np
+import pytest
 
 from igrpo_jax.data import order
 
@@ -19,6 +20,14 @@ def test_steps_are_slices_of_the_epochs_laid_end_to_end():
     for step in range(9):  # 27 of 28 places, three per step: steps 2, 4 and 6 straddle two epochs
         assert order.step_indices(step, 3, 7, seed=3) == epochs[3 * step : 3 * step + 3]
     assert order.step_indices(0, 28, 7, seed=3) == epochs  # a step may even be longer than an epoch
+
+
+@pytest.mark.parametrize(
+    ("epochs", "per_step", "count", "steps"),
+    [(0.29, 1, 100, 29), (1.15, 1, 100, 115), (1.0, 3, 7, 2), (3, 32, 7473, 700), (1e-5, 4, 100, 1), (0.5, 4, 15, 1)],
+)
+def test_the_steps_of_epochs_are_those_of_their_decimals(epochs, per_step, count, steps):
+    assert order.steps_of_epochs(epochs, per_step, count) == steps
 
 
 def test_every_row_is_read_once_before_any_is_read_twice():
