@@ -234,9 +234,9 @@ class AlgorithmConfig:
     # the draft whose refinements earn most is kept with them. "balanced", for second_stage = "verify", is a right one
     # and a wrong one equally often. All but "best" depart from the paper.
     draft_selection: Annotated[str, Choice("best", "random", "worst", "first", "refined", "balanced")] = "best"
-    # What draft_selection compares: the name of a reward, such as "judge" or your function's, or "reward" for the
-    # weighted sum. A function of weight 0 chooses the draft without being trained on. All but "reward" depart from the
-    # paper.
+    # What draft_selection compares, of refinements where it is "refined": the name of a reward, such as "judge" or your
+    # function's, or "reward" for the weighted sum. A function of weight 0 chooses the draft without being trained on.
+    # All but "reward" depart from the paper.
     draft_metric: str = "reward"
     # Whether the drafts of a prompt are drawn one after another, until one has the largest possible reward. This
     # departs from the paper.

@@ -9,8 +9,8 @@ that it needs. Here each position of the step has its own redraws. The group of 
 out too, its advantages are 0.
 
 With algorithm.draft_selection = "refined" every draft that has a verdict is refined, as in Critique-GRPO (2506.03106),
-with G refinements each. The draft whose refinements earn most on average is kept with them, the first of equals; the
-other refinements are left out of the group. So a prompt samples N + N G completions.
+with G refinements each. The draft whose refinements earn most on average, in `algorithm.draft_metric`, is kept with
+them, the first of equals; the other refinements are left out of the group. So a prompt samples N + N G completions.
 
 Two more, off by default, change which prompts are refined. With algorithm.alternate every other step, from step 1 on,
 has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.01591). With algorithm.draft_when =
@@ -120,13 +120,16 @@ def _ordered(samples: dict[int, Completion]) -> tuple[Completion, ...]:
     return tuple(samples[number] for number in sorted(samples))
 
 
-def keep_best_refined(progress: PromptProgress) -> list[Completion]:
+def keep_best_refined(progress: PromptProgress, metric: str = "reward") -> list[Completion]:
     """Keeps the draft whose refinements earn most on average, and returns the refinements of the others.
 
     Refinements without a verdict are not counted; of drafts that are equally good the first one is kept.
+
+    Args:
+        metric: what is compared, as in `select_draft`.
     """
     samples = len(progress.completions) // len(progress.contexts)
-    rewards = np.array([completion.score.reward for completion in _ordered(progress.completions)])
+    rewards = np.array([filtering.value(completion, metric) for completion in _ordered(progress.completions)])
     means = np.ma.masked_invalid(rewards.reshape(-1, samples)).mean(axis=1).filled(-np.inf)
     best = int(np.argmax(means))
     progress.kept, progress.context = list(progress.contexts.items())[best]
@@ -259,13 +262,12 @@ class StageRunner:
 
     def _shown(self, progress: PromptProgress) -> list[int | None]:
         """Returns the numbers of the drafts to refine; None stands for the plain prompt."""
-        drafts = _ordered(progress.drafts)
+        drafts, algorithm = _ordered(progress.drafts), self._algorithm
         if not drafts:
             return [None]
-        known = [i for i, draft in enumerate(drafts) if not np.isnan(draft.score.reward)]
-        if self._algorithm.draft_selection == "refined" and known:
+        known = [i for i, draft in enumerate(drafts) if not np.isnan(filtering.value(draft, algorithm.draft_metric))]
+        if algorithm.draft_selection == "refined" and known:
             return [*known]
-        algorithm = self._algorithm
         return [select_draft(drafts, algorithm.draft_selection, self._rng(progress, SELECTION), algorithm.draft_metric)]
 
     def _context(self, progress: PromptProgress, shown: int | None) -> np.ndarray:
@@ -281,7 +283,7 @@ class StageRunner:
         if len(progress.completions) < self._algorithm.num_generations * len(progress.contexts):
             return
         if len(progress.contexts) > 1:
-            self._left_out += keep_best_refined(progress)
+            self._left_out += keep_best_refined(progress, self._algorithm.draft_metric)
         redraws = self._algorithm.max_redraws
         if progress.position.redraw < redraws and not filtering.passes([progress.group()], self._filter_metric)[0]:
             self._redrawn.append(progress.group())

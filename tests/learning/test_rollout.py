@@ -789,6 +789,28 @@ def test_every_draft_can_be_refined(collect, rollout, renderer):
     assert all(group.kept is None and len(group.completions) == 2 for group in unknown)
 
 
+class OneReward(StubVerifier):
+    """Has 0 to 2, or no value, in one reward, and the same weighted sum for every text if there is a `total`."""
+
+    def __init__(self, total=None):
+        super().__init__(delay=0.0)
+        self.total = total
+
+    def _grade(self, text, answer, delay):
+        value = (0.0, 1.0, 2.0, math.nan)[zlib.crc32(text.encode()) % 4]
+        return Score(value if self.total is None else self.total, {"accuracy": value}, text[:1], "ok")
+
+
+def test_the_refined_draft_can_be_chosen_by_one_reward(collect):
+    """The reward alone says which drafts are refined and which is kept, as it does where there is no other one."""
+    wanted = {"algorithm__draft_selection": "refined", "algorithm__num_generations": 2}
+    groups, _ = collect(OneReward(total=1.0), algorithm__draft_metric="accuracy", **wanted)
+    alone, _ = collect(OneReward(), **wanted)
+    assert [group.kept for group in groups] == [group.kept for group in alone]
+    for group, other in zip(groups, alone, strict=True):
+        assert [one.text for one in group.completions] == [one.text for one in other.completions]
+
+
 @pytest.mark.parametrize(
     ("rewards", "kept"),
     [
