@@ -22,15 +22,18 @@ def repeated(questions: Sequence[str], answers: Sequence[str]) -> tuple[list[int
         answers: the reference answer to each question.
 
     Returns:
-        Those whose answer equals that to the first such question, and those that have another answer.
+        Those whose answer equals that to an earlier such question, and those that have another answer than all of them.
     """
-    first: dict[tuple[str, ...], int] = {}
+    seen: dict[tuple[str, ...], list[str]] = {}  # the different answers to each question
     repeats, others = [], []
     for position, (text, answer) in enumerate(zip(questions, answers, strict=True)):
-        before = first.setdefault(_signs(text), position)
-        if before != position:
-            is_same = answer == answers[before] or grader.equivalent(answer, answers[before])
-            (repeats if is_same else others).append(position)
+        before = seen.setdefault(_signs(text), [])
+        if answer in before or any(grader.equivalent(answer, other) for other in before):
+            repeats.append(position)
+            continue
+        if before:
+            others.append(position)
+        before.append(answer)
     return repeats, others
 
 

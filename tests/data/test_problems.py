@@ -474,17 +474,18 @@ def test_what_is_left_out_of_the_training_set(tmp_path):
 
 def test_a_question_with_another_answer_is_another_problem(tmp_path, caplog):
     rows = [("What is 5?", "5"), ("What is 5!?", "120"), ("what is 5", "5.0"), ("What is 5?", "10/2"), ("6?", "6")]
+    rows += [("6?", "7"), ("6?", "7"), ("6?", "7.0"), ("6?", "6")]  # repeat the second answer, and the first
     file = write(tmp_path / "mine.jsonl", [{"prompt": question, "answer": answer} for question, answer in rows])
-    for clean, kept, treatment in ((False, [0, 1, 2, 3, 4], "kept"), (True, [0, 1, 4], "left out")):
+    for clean, kept, treatment in ((False, [*range(9)], "kept"), (True, [0, 1, 4, 5], "left out")):
         found = problems.training_set(Config(data=DataConfig(train=file, clean=clean)), {})
         assert [row.index for row in found.rows] == kept
         assert found.notes[1:] == [
-            ("repeated problems", f"2 of 5, {treatment}"),
-            ("repeated questions with other answers", "1 of 5: row 2, kept"),
+            ("repeated problems", f"5 of 9, {treatment}"),
+            ("repeated questions with other answers", "2 of 9: rows 2, 6, kept"),
         ]
-    assert len(problems.benchmark_rows("mine", EvaluationConfig(data_dir=str(tmp_path)))) == 5
+    assert len(problems.benchmark_rows("mine", EvaluationConfig(data_dir=str(tmp_path)))) == 9
     (warning,) = caplog.records
-    assert "a different answer: 1 of 5: row 2; each counts" in warning.getMessage()
+    assert "a different answer: 2 of 9: rows 2, 6; each counts" in warning.getMessage()
 
 
 @pytest.mark.skipif("IGRPO_DATA" not in os.environ, reason="IGRPO_DATA names no folder of the real problems")
