@@ -17,13 +17,10 @@ def check_not_past_end(config: Config, total_steps: int, workdir: Path, resumed_
     """
     if resumed_after <= total_steps:
         return
-    if config.steps:
-        asked, fix = f"config.steps = {config.steps}", f"set config.steps to at least {resumed_after}"
-    else:
-        asked, fix = f"config.epochs = {config.epochs:g}", "raise config.epochs"
+    asked = f"config.steps = {config.steps}" if config.steps else f"config.epochs = {config.epochs:g}"
     raise InputError(
         f"{asked}: ends after step {total_steps}, but the run in {workdir} has already reached step {resumed_after}; "
-        f"{fix}, or start a new run with another --workdir"
+        f"set config.steps to at least {resumed_after}, or start a new run with another --workdir"
     )
 
 

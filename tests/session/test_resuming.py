@@ -1,4 +1,9 @@
-"""What a resume says of the learning rate."""
+"""What a resume says of the learning rate, and of an end that is behind it."""
+
+from pathlib import Path
+
+import pytest
+from model_files import error_of
 
 from igrpo_jax import config
 from igrpo_jax.session import resuming
@@ -14,3 +19,12 @@ def test_another_number_of_steps_changes_the_learning_rate_and_says_so():
     assert told.startswith("100 steps instead of 50: the learning rate rises and falls as in a run of 100 steps")
     assert told.endswith("it was 9.87e-07 at the end of step 50, and is 0.0005 in step 51")
     assert not resuming.new_schedule(settings, 100, 100, 50) and not resuming.new_schedule(settings, 50, 100, 0)
+
+
+@pytest.mark.parametrize(("steps", "asked"), [(3, "config.steps = 3"), (0, "config.epochs = 1")])
+def test_an_end_that_is_behind_a_run_is_refused_with_a_setting_that_may_change(steps, asked):
+    settings = config.Config(steps=steps)
+    resuming.check_not_past_end(settings, 5, Path("run"), 5)
+    message = error_of(resuming.check_not_past_end, settings, 3, Path("run"), 5)
+    assert message.startswith(f"{asked}: ends after step 3, but the run in run has already reached step 5; ")
+    assert "set config.steps to at least 5, or" in message and "steps" in config.MAY_CHANGE_ON_RESUME
