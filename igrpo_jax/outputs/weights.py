@@ -1,5 +1,6 @@
 """The weights of a run: those with which it starts, those that LoRA adapts, and those of one of its checkpoints."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_atomically, writing
 from igrpo_jax.storage.addresses import make_folder, names
 from igrpo_jax.storage.reading import read_bytes
+from igrpo_jax.storage.writing import remove_tree
 
 FIRST = Path("reference", "weights.json")  # file in a workdir: hashes of the model's files that its run began with
 
@@ -93,7 +95,7 @@ def first(
 
     Args:
         dtype: the dtype of the result; its shardings are those of training.
-        params: the built-in model after its warm start, float32, to be kept; None to read what was kept.
+        params: the built-in model after its warm start, float32, to be kept in place of what was; None to read that.
 
     Raises:
         InputError: the files hold other weights than those that `record_first` has recorded.
@@ -101,7 +103,10 @@ def first(
     if policy.path:
         _check_first(policy, workdir)
         return load(policy, mesh, config.seed, dtype, console)
-    with Checkpointer(workdir / "reference", config.checkpoint) as store:
+    kept = workdir / "reference"
+    if params is not None:  # a launch that ended before its first checkpoint may have left those of its own warm start
+        cluster.from_first(functools.partial(remove_tree, kept / "checkpoints"))
+    with Checkpointer(kept, config.checkpoint) as store:
         if params is not None:
             store.save(0, params, {}, force=True)
         _, params, _ = store.restore(sharding.abstract_params(mesh, decoder.shapes(policy.cfg), "float32"))

@@ -20,8 +20,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from igrpo_jax import config as config_lib
 from igrpo_jax import evaluate, export, generate
+from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.outputs import checkpoint, checkpoint_reading
+from igrpo_jax.models.policy import open_policy
+from igrpo_jax.outputs import checkpoint, checkpoint_reading, weights
 from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import write_rows
@@ -214,6 +216,18 @@ def state():
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(AxisType.Auto,))
     x = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
     return {"params": {"x": jax.device_put(x, NamedSharding(mesh, PartitionSpec()))}}
+
+
+@pytest.mark.parametrize("kind", [None, "bucket", "s3_bucket"])
+def test_first_weights_that_a_killed_launch_left_are_replaced(kind, request, tmp_path):
+    """A warm start that is made again may end with other floats, and pi_ref is the policy that this one ends with."""
+    place = path_of("--workdir X", request.getfixturevalue(kind).address) if kind else tmp_path
+    c, mesh = whole_runs.settings(), sharding.make_mesh(config_lib.MeshConfig(), jax.devices()[:1])
+    policy = open_policy(c.model)
+    launches = [policy.load(mesh, seed, "float32") for seed in (0, 1)]
+    for params in (*launches, None):  # the last one is a resume
+        read = weights.first(c, policy, place, mesh, "float32", Console(), params)
+    assert all(np.array_equal(read[path], value) for path, value in launches[1].items())
 
 
 def test_checkpoints_are_kept_and_damaged_ones_set_aside(folder, bucket):
