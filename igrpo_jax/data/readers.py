@@ -267,13 +267,16 @@ def _header_problem(names: list[str]) -> str:
     return f"names {twice!r} twice" if twice else ""
 
 
-def _with_short_numbers(rows: Any) -> Iterator[dict[str, Any]]:
+def _with_short_numbers(rows: Any, scalar: type[Any]) -> Iterator[dict[str, Any]]:
     """Yields the rows with the shortest decimals that single and half precision numbers stand for: 0.1 for 0.100000001.
 
     The library makes Python's numbers of them, which have double precision.
+
+    Args:
+        scalar: the type of the features that are single values; arrays have a dtype too, and stay as they are.
     """
     columns = getattr(rows, "features", None) or {}
-    types = {name: getattr(feature, "dtype", "") for name, feature in columns.items()}
+    types = {name: feature.dtype for name, feature in columns.items() if isinstance(feature, scalar)}
     short = {name: np.dtype(kind).type for name, kind in types.items() if kind in ("float32", "float16")}
     for row in rows:
         yield row | {name: float(str(kind(row[name]))) for name, kind in short.items() if row[name] is not None}
@@ -288,7 +291,7 @@ def _read_datasets(source: str, fix: str, load: Callable[[Any], Any]) -> Table:
     if not (sys.stderr and sys.stderr.isatty()):  # a log would get a line for each state of the bars
         datasets.disable_progress_bars()
     try:
-        return list(enumerate(_with_short_numbers(load(datasets)), 1))
+        return list(enumerate(_with_short_numbers(load(datasets), datasets.Value), 1))
     except Exception as error:  # arrow, the hub and the builders share no base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {reason}); {fix}") from error

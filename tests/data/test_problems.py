@@ -69,6 +69,8 @@ def test_numbers_of_single_precision_have_their_short_decimals(tmp_path, monkeyp
     kinds = {"answer": "float32", "half": "float16", "question": "string"}
     rows = {"answer": [0.1, 1 / 3, None], "half": [0.1, 2.0, 0.5], "question": ["a", "b", "c"]}
     features = datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
+    features["image"] = datasets.Array2D((1, 2), "float32")  # has a dtype too, and is no number
+    rows["image"] = [[[0.5, 1.0]]] * 3
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "x.parquet"))
     table = readers.read(str(tmp_path / "x.parquet"), "config.data.train", "", "train")
     assert [columns["answer"] for _, columns in table] == [0.1, 0.33333334, None]
