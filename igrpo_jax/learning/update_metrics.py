@@ -25,7 +25,8 @@ def optimizer_step_metrics(
 ) -> dict[str, float]:
     """Returns the metrics of one optimizer step: the loss of all rows, and the metrics of the stage `main`.
 
-    Another stage that is trained on is measured as `draft/kl` and `draft/clip_ratio`, or `verify/kl` and so on.
+    Another stage that is trained on is measured as `draft/kl` and `draft/clip_ratio`, or `verify/kl` and so on. With
+    algorithm.refine_credit = "plain" the entropy is that of the rows that were trained on; without any there is none.
 
     Args:
         sums: sums over the rows that were trained on, by stage.
@@ -44,6 +45,10 @@ def optimizer_step_metrics(
         # log-probs differ says nothing about the sampler.
         named[_PLAIN] = named.pop("sampling/sampling_logp_difference/mean")
         del named["sampling/sampling_logp_difference/max"]
+        # For the same reason the entropy that an idle row was sampled with is another one.
+        del named["entropy"]
+        if tokens := sums[main].loss_sums.tokens:
+            named["entropy"] = sums[main].entropy / tokens
     names = {"kl": "kl", "clip_ratio/region_mean": "clip_ratio"}
     others = {f"{stage}/{short}": of[name] for stage, of in by_stage.items() for name, short in names.items()}
     return named | others | {"loss": sum(stage_sums.loss_sums.loss for stage_sums in sums.values())}

@@ -595,6 +595,19 @@ def test_idle_rows_that_were_cut_count_as_idle_alone():
     assert measured["entropy"] == 2.0 and measured["perf/idle_frac"] == 1.0
 
 
+@pytest.mark.parametrize(("trained", "entropy"), [(4.0, {"entropy": 1.5}), (0.0, {})])
+def test_with_credit_to_the_plain_prompt_idle_rows_have_another_entropy(trained, entropy):
+    """They were sampled with the draft in the prompt; without any other row there is no entropy to write."""
+    row = types.SimpleNamespace(tokens=np.zeros(3), entropy=9.0)
+    idle = types.SimpleNamespace(stage="refine", completions=[row], weight=np.array([0.5]))
+    zero = jax.tree.map(float, MicroBatchSums.zeros())
+    sums = zero._replace(loss_sums=zero.loss_sums._replace(tokens=trained), entropy=1.5 * trained, tokens=trained)
+    settings = resolved("grpo", refine_credit="plain")
+    measured = optimizer_step_metrics({"refine": sums}, [idle], [idle], settings, "refine")
+    assert {name: value for name, value in measured.items() if name == "entropy"} == entropy
+    assert measured["perf/idle_frac"] == 3 / (3 + trained) and measured["kl"] == 0
+
+
 def test_clipped_rows_are_a_fraction_of_those_of_their_stage():
     """Of three units of refinements and one of drafts a quarter of all rows is clipped in each stage."""
     units = [types.SimpleNamespace(stage=stage) for stage in ("refine", "refine", "refine", "draft")]
