@@ -502,7 +502,8 @@ class LearnerConfig:
     # Whether a prompt, with its draft, is run once for all its completions; False is for comparisons.
     shared_prefix: bool = True
     # Number of optimizer steps per pass over a rollout. With more than one, which completions share a step depends on
-    # the number of devices, because completions of a group that are updated together stay together.
+    # the number of devices, because completions of a group that are updated together stay together. SFT has no rollout
+    # and always makes one optimizer step of `prompts_per_step` examples.
     minibatches: Annotated[int, AtLeast(1)] = 1
     # Number of steps in a row with a loss or gradient that is not finite before the run stops; each changes nothing
     # and leaves its batch in WORKDIR/nonfinite.

@@ -1,8 +1,9 @@
 """Supervised fine-tuning (SFT) as a separate run: examples, steps, rows of metrics, checkpoints, and how it resumes.
 
 It imitates the solutions of config.data.train with the settings of a run: `model`, `optimizer`, `learner`, `mesh`,
-`steps` or `epochs`, `prompts_per_step` examples a step, `checkpoint` and `log`. Its folder is exported and evaluated
-like any run's, and the file SFT in it says that reinforcement learning does not go on there.
+`steps` or `epochs`, `prompts_per_step` examples a step, `checkpoint` and `log`. A step is one optimizer step whatever
+`learner.minibatches` is. Its folder is exported and evaluated like any run's, and the file SFT in it says that
+reinforcement learning does not go on there.
 """
 
 import functools
