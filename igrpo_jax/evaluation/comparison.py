@@ -3,7 +3,6 @@
 Problems are compared in pairs: those that both folders hold, by the mean accuracy of their single-shot answers.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import measures
 from igrpo_jax.evaluation.results import benchmark_of, read_rows
 from igrpo_jax.evaluation.summary_tables import percent
-
-# The settings of evaluation.json that say which model answered.
-MODEL = ("model", "step", "weights_written", "chat_template", "tokenizer")
+from igrpo_jax.outputs.evaluation_settings import MODEL, cell, read_settings
 
 
 @dataclass(frozen=True)
@@ -49,22 +46,27 @@ class Paired:
     p_value: float  # of the exact sign test
 
 
-def paired(first: Path, second: Path) -> dict[str, Paired]:
+def paired(first: Path, second: Path) -> dict[str, Paired | None]:
     """Returns by how much `second` is better on each benchmark that both folders hold, compared problem by problem.
 
+    None stands for a benchmark of which no problem is in both.
+
     Raises:
-        InputError: a folder holds no rows, or the two have no problem in common.
+        InputError: a folder holds no rows, or the two have no benchmark in common.
     """
-    return {name: _pair(*both) for name, both in _common(first, second).items()}
+    return {name: _pair(*both) if _share(*both) else None for name, both in _common(first, second).items()}
 
 
 def compare(first: Path, second: Path) -> str:
     """Returns the differences of two evaluations besides the model, and `paired` as a Markdown table.
 
     Raises:
-        InputError: as `paired` does.
+        InputError: as `paired` does, and where no problem of a benchmark is in both.
     """
-    benchmarks, settings = _common(first, second), [_settings(folder) for folder in (first, second)]
+    benchmarks, settings = _common(first, second), [read_settings(folder) for folder in (first, second)]
+    for name, both in benchmarks.items():
+        if not _share(*both):
+            raise InputError(f"--compare {first},{second}: no problem of {name} is in both; give the same problems")
     lines = [*_differences([first, second], settings, benchmarks), ""]
     lines += [
         "Single-shot pass@1 in percent, paired by problem. The interval is a bootstrap over problems, and exact where "
@@ -80,6 +82,10 @@ def compare(first: Path, second: Path) -> str:
         cells += [f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}", f"{pair.better}, {pair.worse}"]
         lines.append("| " + " | ".join([*cells, f"{pair.p_value:.2g}"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _share(first: Problems, second: Problems) -> bool:
+    return not first.keys().isdisjoint(second)
 
 
 def _pair(first: Problems, second: Problems) -> Paired:
@@ -102,7 +108,7 @@ def _differences(
     rows = []
     if len(known) == 2:
         names = [name for name in dict.fromkeys([*known[0], *known[1]]) if name not in MODEL]
-        rows = [(name, *(_cell(part, name) for part in known)) for name in names]
+        rows = [(name, *(cell(part, name) for part in known)) for name in names]
     for name, both in benchmarks.items():
         for title, read in DATA.items():
             rows.append((f"{name}: {title}", *(str(read(*pair)) for pair in (both, both[::-1]))))
@@ -110,7 +116,7 @@ def _differences(
     if rows:
         lines += ["", "They differ in more than the model, so B - A is not due to the model alone:", ""]
         lines += ["| | A | B |", "|---|---|---|"]
-        return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        return lines + ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
     if len(known) == 2:
         same = all(known[0].get(name) == known[1].get(name) for name in MODEL)
         lines += ["", "Settings and problems are the same" + (", and so is the model." if same else ".")]
@@ -148,19 +154,6 @@ def _model(settings: Mapping[str, Any]) -> str:
     return f"{settings.get('model')}" + ("" if step is None else f", step {step}")
 
 
-def _cell(settings: Mapping[str, Any], name: str) -> str:
-    return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not recorded"
-
-
-def _settings(folder: Path) -> dict[str, Any] | None:
-    """Returns what evaluation.json records, None if there is none, as in the folders that a run writes."""
-    try:
-        settings = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return settings if isinstance(settings, dict) else None
-
-
 def _common(first: Path, second: Path) -> dict[str, tuple[Problems, Problems]]:
     """Returns the problems of both folders for each benchmark that both hold; raises as `paired` does."""
     parts = [_rows(folder) for folder in (first, second)]
@@ -172,9 +165,6 @@ def _common(first: Path, second: Path) -> dict[str, tuple[Problems, Problems]]:
             f"--compare {first},{second}: no benchmark is in both ({', '.join(firsts)}; {', '.join(seconds)}); give "
             "folders that hold the NAME.jsonl of the same benchmark"
         )
-    for name in names:
-        if not firsts[name].keys() & seconds[name].keys():
-            raise InputError(f"--compare {first},{second}: no problem of {name} is in both; give the same problems")
     return {name: (firsts[name], seconds[name]) for name in names}
 
 

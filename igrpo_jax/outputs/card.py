@@ -17,6 +17,7 @@ from igrpo_jax import __version__
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data import readers
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
+from igrpo_jax.outputs.evaluation_settings import changed, read_settings
 from igrpo_jax.outputs.workdir import SFT
 from igrpo_jax.storage.addresses import names
 
@@ -47,6 +48,7 @@ def model_card(config: Config, workdir: Path, step: int, name: str, adapter: boo
         adapter: whether the repository holds only LoRA's adapters.
     """
     measured = {at: _measured(workdir, at) for at in dict.fromkeys((0, step))}
+    other = changed(*(read_settings(_evaluation(workdir, at)) for at in (0, step)))
     data = huggingface_hub.ModelCardData(
         model_name=name.partition("/")[2],
         base_model=_hub_id(config.model.path),
@@ -62,7 +64,7 @@ def model_card(config: Config, workdir: Path, step: int, name: str, adapter: boo
         _about(config, step),
         f"## Data\n\n{_data(config)}",
         f"## Method\n\n{_method(config, workdir)}",
-        f"## Measured results\n\n{_results(measured, step)}",
+        f"## Measured results\n\n{_results(measured, step, other)}",
         "## Settings\n\nThose that differ from the defaults of the library's version:\n\n" + _block(_changed(config)),
         "## Licence\n\nThis card states none: the licences of the base model and of the data apply.",
     ]
@@ -118,24 +120,37 @@ def _method(config: Config, workdir: Path) -> str:
     return f"{loss}: {algorithm.num_generations} completions for each of {count} prompts a step, without drafts."
 
 
-def _results(measured: dict[int, dict[str, Any]], step: int) -> str:
-    """Returns the table of the evaluations that the run itself made, before the first step and after `step`."""
+def _results(measured: dict[int, dict[str, Any]], step: int, other: dict[str, tuple[str, str]]) -> str:
+    """Returns the table of the evaluations that the run itself made, before the first step and after `step`.
+
+    Args:
+        other: the settings by which these two differ (`changed`); the first is then left out, as it is for a benchmark
+            that had another number of problems.
+    """
     if not measured[step]:
         return f"The run made no evaluation after step {step}."
     lines = ["Single shot, in percent, with 95 % intervals over the problems.", ""]
     lines += ["| benchmark | problems | samples | pass@1 before | pass@1 after |", "|---|---|---|---|---|"]
     for name, values in measured[step].items():
-        before = _interval(measured[0][name]) if step and name in measured[0] else "not measured"
+        first = measured[0].get(name) if step else None
+        is_comparable = first is not None and not other and first["problems"] == values["problems"]
+        before = _interval(first) if is_comparable else "not comparable" if first else "not measured"
         counts = f"{int(values['problems'])} | {int(values['samples'])}"
         lines.append(f"| {_cell(name)} | {counts} | {before} | {_interval(values)} |")
+    if other and step and measured[0]:
+        texts = ", ".join(f"{_code(name)} was {_code(was)} and then {_code(now)}" for name, (was, now) in other.items())
+        lines += ["", f"The evaluation before the first step had other settings: {texts}."]
     return "\n".join(lines)
+
+
+def _evaluation(workdir: Path, step: int) -> Path:
+    return workdir / "evaluations" / f"step_{step:06d}"
 
 
 def _measured(workdir: Path, step: int) -> dict[str, Any]:
     """Returns the summaries of the evaluation that the run made after `step`, by benchmark; {} if it made none."""
-    path = workdir / "evaluations" / f"step_{step:06d}" / "summary.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+        return json.loads((_evaluation(workdir, step) / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
     except (OSError, ValueError, KeyError):
         return {}
 

@@ -15,6 +15,7 @@ import numpy as np
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import comparison
 from igrpo_jax.outputs.alerts import alerts, is_watched
+from igrpo_jax.outputs.evaluation_settings import changed, read_settings
 from igrpo_jax.report.runs import Curve, RecordedRun, counted
 
 CHANCE = 0.05  # p-value of the sign test below which a change counts as real
@@ -57,7 +58,8 @@ def summary(run: RecordedRun, trained: str) -> Summary:
     """Returns the summary of a run; `trained` is the name of its trained completions."""
     width = ends(run.steps)
     over = f"means of the first and of the last {counted(width, 'step')}; single shot: first and last evaluation"
-    return Summary(_facts(run), conclusion(run), _changes(run, trained), over, worries(run))
+    spans = _spans(run)
+    return Summary(_facts(run), _conclusion(run, spans), _changes(run, trained, spans), over, worries(run))
 
 
 def ends(steps: Sequence[int]) -> int:
@@ -65,16 +67,51 @@ def ends(steps: Sequence[int]) -> int:
     return max(1, math.ceil(ENDS * len(steps)))
 
 
-def conclusion(run: RecordedRun) -> Conclusion:
-    """Compares the first and the last single-shot evaluation of each benchmark, and says whether they show learning."""
+@dataclass(frozen=True)
+class Span:
+    """The first and the last single-shot evaluation of a benchmark."""
+
+    first: int  # step
+    last: int
+    pair: comparison.Paired | None  # None where the rows of an evaluation are missing or torn, or no problem is in both
+    obstacle: str  # why the two are not comparable, "" where they are
+
+
+def _spans(run: RecordedRun) -> dict[str, Span]:
+    """Returns the first and the last evaluation of each benchmark, compared problem by problem where they can be."""
+    curves = {name: run.curve(f"eval/{name}/pass@1").steps.tolist() for name in run.benchmarks}
+    ends = {name: (steps[0], steps[-1]) for name, steps in curves.items()}
+    compared = {pair: _compared_folders(run.folder / "evaluations", *pair) for pair in set(ends.values())}
+    spans = {}
+    for name, (first, last) in ends.items():
+        obstacle, pairs = compared[first, last]
+        if not obstacle and name in pairs and pairs[name] is None:
+            obstacle = "no problem is in both"
+        spans[name] = Span(first, last, pairs.get(name), obstacle)
+    return spans
+
+
+def _compared_folders(folder: Path, first: int, last: int) -> tuple[str, dict[str, comparison.Paired | None]]:
+    """Returns the settings by which two evaluations differ, as text, and their paired comparison by benchmark."""
+    if first == last:
+        return "", {}
+    both = [folder / f"step_{step:06d}" for step in (first, last)]
+    other = changed(*map(read_settings, both))
+    obstacle = "; ".join(f"{name} was {before} and then {after}" for name, (before, after) in other.items())
+    try:
+        return obstacle, comparison.paired(*both)
+    except (InputError, KeyError, TypeError, OSError):
+        return obstacle, {}
+
+
+def _conclusion(run: RecordedRun, spans: dict[str, Span]) -> Conclusion:
+    """Says whether the first and the last single-shot evaluation of each benchmark show learning."""
     tones, reasons = [], []
-    spans = {name: run.curve(f"eval/{name}/pass@1").steps[[0, -1]].tolist() for name in run.benchmarks}
-    pairs = {(first, last): _paired(run.folder / "evaluations", first, last) for first, last in spans.values()}
-    for name, (first, last) in spans.items():
-        if first == last:
-            reasons.append(f"There is one evaluation of {name} only, at step {first}; a second one will tell")
+    for name, span in spans.items():
+        if span.first == span.last:
+            reasons.append(f"There is one evaluation of {name} only, at step {span.first}; a second one will tell")
             continue
-        tone, reason = _compared(run, name, first, last, pairs[first, last].get(name))
+        tone, reason = _compared(run, name, span)
         tones.append(tone)
         reasons.append(reason)
     if not spans:
@@ -90,20 +127,25 @@ def conclusion(run: RecordedRun) -> Conclusion:
     return Conclusion({"good": "Learning", "bad": "Getting worse", "open": "Not shown"}[tone], tone, reasons)
 
 
-def _compared(run: RecordedRun, name: str, first: int, last: int, pair: comparison.Paired | None) -> tuple[str, str]:
+def _compared(run: RecordedRun, name: str, span: Span) -> tuple[str, str]:
     """Returns the tone of a benchmark's change between two evaluations, and a sentence about it.
 
     Problems are compared in pairs where the rows of both evaluations can be read, else by the intervals of the means.
     """
+    first, last, pair = span.first, span.last, span.pair
 
     def at(step: int, measure: str) -> float:
         return run.metrics.get(f"eval/{name}/{measure}", {}).get(step, math.nan)
 
-    before, after = at(first, "pass@1"), at(last, "pass@1")
+    before, after = (at(first, "pass@1"), at(last, "pass@1")) if pair is None else (pair.first, pair.second)
     change = f"Single-shot pass@1 on {name} went from {before:.1%} (step {first}) to {after:.1%} (step {last})"
+    if span.obstacle:
+        return "open", f"{change}, but these two evaluations are not comparable: {span.obstacle}"
     if pair is not None:
         interval = f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
         counts = f"{pair.problems:,} problems in pairs, {pair.better:,} better and {pair.worse:,} worse"
+        if pair.left_out:
+            counts += f"; {pair.left_out:,} in one evaluation only are left out"
         change += f": {100 * pair.change:+.1f} points, {interval}, {counts}"
         sure = pair.p_value < CHANCE  # the bootstrap alone is too sure where few problems changed
         risen, fallen = sure and pair.low > 0, sure and pair.high < 0
@@ -117,14 +159,6 @@ def _compared(run: RecordedRun, name: str, first: int, last: int, pair: comparis
     if risen or fallen:
         return ("good" if risen else "bad"), change
     return "open", f"{change}; {doubt}"
-
-
-def _paired(folder: Path, first: int, last: int) -> dict[str, comparison.Paired]:
-    """Returns the paired comparison by benchmark; empty if the rows of an evaluation are missing or torn."""
-    try:
-        return comparison.paired(*(folder / f"step_{step:06d}" for step in (first, last)))
-    except (InputError, KeyError, TypeError, OSError):
-        return {}
 
 
 def worries(run: RecordedRun) -> list[str]:
@@ -143,10 +177,11 @@ def _ends(curve: Curve, width: int) -> tuple[float, float]:
     return float(np.mean(curve.values[:width])), float(np.mean(curve.values[-width:]))
 
 
-def _changes(run: RecordedRun, trained: str) -> list[Change]:
+def _changes(run: RecordedRun, trained: str, spans: dict[str, Span]) -> list[Change]:
     """Returns the changes of the run's most important numbers."""
     width = ends(run.steps)
-    rows = [(f"single shot, {name}", "single", run.curve(f"eval/{name}/pass@1"), 1, "%") for name in run.benchmarks]
+    shots = {f"single shot, {name}": name for name in run.benchmarks}
+    rows = [(title, "single", run.curve(f"eval/{name}/pass@1"), 1, "%") for title, name in shots.items()]
     rows += [
         (f"solve rate, {trained}", "trained", run.curve("rewards/accuracy/mean"), width, "%"),
         ("solve rate, best draft", "best", run.curve("draft/solved_some", "draft/solved_all"), width, "%"),
@@ -161,6 +196,8 @@ def _changes(run: RecordedRun, trained: str) -> list[Change]:
             continue
         first, last = _ends(curve, over)
         tone = "" if not role or first == last else "good" if last > first else "bad"
+        if name in shots and spans[shots[name]].obstacle:
+            tone = ""
         if form == "%":
             texts = f"{first:.1%}", f"{last:.1%}", f"{100 * (last - first):+.1f}"
         else:

@@ -153,6 +153,16 @@ def test_the_card_says_what_was_done_and_what_was_measured(tmp_path):
     assert "Supervised fine-tuning" in tuned and front_matter(tuned)["tags"] == ["igrpo_jax", "sft"]
 
 
+def test_the_card_sets_only_evaluations_side_by_side_that_are_comparable(tmp_path):
+    for step in (0, 7):
+        summary(tmp_path, step)
+        settings = {"model": "m", "step": step, "temperature": 1.0 - step / 10, "max_draft_length": step}
+        (tmp_path / "evaluations" / f"step_{step:06d}" / "evaluation.json").write_text(json.dumps(settings))
+    text = card.model_card(CONFIG, tmp_path, 7, "org/name", adapter=False)
+    assert "| 4 | 2 | not comparable | 50.0 (25.0 to 75.0) |" in text and "max_draft_length" not in text
+    assert "had other settings: <code>temperature</code> was <code>1.0</code> and then <code>0.3" in text
+
+
 def test_the_card_names_no_path_of_the_machine_and_escapes_all_text(tmp_path):
     """Names of files and settings are the user's: none may end the front matter, a block or a cell, or become HTML."""
     nasty = "x\n---\n```\n````\n<script>|"

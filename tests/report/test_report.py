@@ -225,6 +225,10 @@ def evaluated(*shares, width=0.02, name="b"):
     ]
 
 
+def concluded(folder):
+    return summary.summary(read(folder), "completions").conclusion
+
+
 @pytest.mark.parametrize(
     "rows, answer",
     [
@@ -243,19 +247,21 @@ def evaluated(*shares, width=0.02, name="b"):
     ],
 )
 def test_the_conclusion_rests_on_single_shot_evaluations(tmp_path, rows, answer):
-    conclusion = summary.conclusion(read(write(tmp_path / "run", rows, {"evaluation": {"every": 0}})))
+    conclusion = concluded(write(tmp_path / "run", rows, {"evaluation": {"every": 0}}))
     assert conclusion.answer == answer
     if not rows:
         assert "evaluation.every is 0" in conclusion.reasons[0]
 
 
-def write_evaluation(folder, step, right):
+def write_evaluation(folder, step, right, name="b", first=0, settings=None):
     """The rows of a single shot at 40 problems, of which those in `right` are right."""
     out = folder / "evaluations" / f"step_{step:06d}"
     out.mkdir(parents=True, exist_ok=True)
     row = {"drafts": [], "sample_id": 0, "prompt": "q"}
-    lines = [row | {"prompt_id": str(i), "index": i, "accuracy": float(i in right)} for i in range(40)]
-    (out / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [row | {"prompt_id": str(i), "index": i, "accuracy": float(i in right)} for i in range(first, first + 40)]
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if settings is not None:
+        (out / "evaluation.json").write_text(json.dumps({"model": "m", "step": step} | settings))
 
 
 def test_problems_are_compared_in_pairs_where_their_rows_are_there(tmp_path):
@@ -263,21 +269,45 @@ def test_problems_are_compared_in_pairs_where_their_rows_are_there(tmp_path):
     # 8 become right and none wrong: the intervals of the two overlap, in pairs it is beyond doubt.
     write_evaluation(folder, 0, range(16))
     write_evaluation(folder, 10, range(24))
-    conclusion = summary.conclusion(read(folder))
+    conclusion = concluded(folder)
     assert (
         conclusion.answer == "Learning"
         and "+20.0 points" in conclusion.reasons[0]
         and "40 problems" in conclusion.reasons[0]
     )
     write_evaluation(folder, 10, range(6, 24))  # 8 become right and 6 wrong
-    conclusion = summary.conclusion(read(folder))
+    conclusion = concluded(folder)
     assert conclusion.answer == "Not shown" and "+5.0 points" in conclusion.reasons[0]
     write_evaluation(folder, 10, range(20))  # 4 become right and none wrong: p = 2 / 2^4
-    conclusion = summary.conclusion(read(folder))
+    conclusion = concluded(folder)
     assert conclusion.answer == "Not shown" and "sign test leaves that open (p = 0.12)" in conclusion.reasons[0]
     (folder / "evaluations" / "step_000010" / "b.jsonl").write_text('{"index": 0}\n{"ind')
-    conclusion = summary.conclusion(read(folder))
+    conclusion = concluded(folder)
     assert conclusion.answer == "Not shown" and "intervals overlap" in conclusion.reasons[0]
+
+
+def test_evaluations_of_other_settings_or_problems_are_not_compared(tmp_path):
+    """The limit of the answers was raised in a resume, the problems of c were replaced, and a third of d's."""
+    shares = [{"b": (0.0, 1.0)}, {"c": (0.0, 1.0)}, {"d": (0.9, 0.1)}]
+    rows = [row for part in shares for name, pair in part.items() for row in evaluated(*pair, name=name)]
+    folder = write(tmp_path / "run", rows, {})
+    for step, right in ((0, range(10)), (10, range(30))):
+        short = {"max_completion_length": 48 + step, "max_draft_length": step}
+        write_evaluation(folder, step, right, "b", settings=short)
+        write_evaluation(folder, step, right, "c", first=40 * (step > 0))
+        write_evaluation(folder, step, right, "d", first=step)
+    found = summary.summary(read(folder), "completions")
+    assert found.conclusion.answer == "Not shown" and {change.tone for change in found.changes} == {""}
+    for reason in found.conclusion.reasons:
+        assert reason.endswith("these two evaluations are not comparable: max_completion_length was 48 and then 58")
+    for step in (0, 10):
+        write_evaluation(folder, step, range(10 + 2 * step), "b", settings={"max_draft_length": step})
+    found = summary.summary(read(folder), "completions")
+    b, c, d = found.conclusion.reasons
+    assert found.conclusion.answer == "Learning" and "from 25.0% (step 0) to 75.0% (step 10): +50.0 points" in b
+    assert c.endswith("are not comparable: no problem is in both")
+    assert "from 0.0% (step 0) to 66.7%" in d and "10 in one evaluation only" not in d and "20 in one" in d
+    assert [change.tone for change in found.changes] == ["good", "", "bad"]
 
 
 def test_changes_compare_means_of_both_ends(tmp_path):
