@@ -2,7 +2,7 @@
 
     data/plots.js   one call with all panels in the order of the page; JSON in ASCII, which is JavaScript
 
-The page inserts names as text. The curves are those of the PNG files, and the page smooths them in the same way.
+The page inserts names as text. The curves and their running means are those of the PNG files.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from igrpo_jax.report.figures import RUNS, labels, smoothing
+from igrpo_jax.report.figures import RUNS, curves, labels, smooth, smoothing
 from igrpo_jax.report.plots import Line, Panel
 from igrpo_jax.report.runs import Curve, RecordedRun
 
@@ -22,7 +22,7 @@ POINTS = 4000  # the most of a line; a longer one shows one step for each stretc
 
 def write(path: Path, sections: dict[str, list[Panel]], runs: Sequence[RecordedRun]) -> None:
     """Writes data/plots.js for the panels of `panels(runs)`."""
-    listed = [{"name": label, "over": smoothing(run)} for run, label in zip(runs, labels(runs), strict=True)]
+    listed = [{"name": label} for label in labels(runs)]
     drawn = [_panel(panel, runs) for panels in sections.values() for panel in panels]
     text = json.dumps({"colours": len(RUNS), "runs": listed, "panels": drawn}, separators=(",", ":"))
     path.parent.mkdir(exist_ok=True)
@@ -31,9 +31,14 @@ def write(path: Path, sections: dict[str, list[Panel]], runs: Sequence[RecordedR
 
 def _panel(panel: Panel, runs: Sequence[RecordedRun]) -> dict[str, Any]:
     limit = runs[0].setting(panel.limit) if panel.limit and len(runs) == 1 else None
+    found = [curves(panel, run) for run in runs]
     lines = [
-        {"label": line.label, "role": line.role, "runs": [_points(panel, line, run) for run in runs]}
-        for line in panel.lines
+        {
+            "label": line.label,
+            "role": line.role,
+            "runs": [_points(panel, line, run, of_run[place]) for run, of_run in zip(runs, found, strict=True)],
+        }
+        for place, line in enumerate(panel.lines)
     ]
     return {
         "title": panel.title,
@@ -45,16 +50,14 @@ def _panel(panel: Panel, runs: Sequence[RecordedRun]) -> dict[str, Any]:
     }
 
 
-def _points(panel: Panel, line: Line, run: RecordedRun) -> dict[str, Any]:
-    """Returns the steps and values of a line, and of evaluations the ends of their intervals too."""
-    curve = line.of(run)
-    if panel.stacked:  # the parts of a stack have the same steps
-        shared = set(curve.steps.tolist()).intersection(*(part.of(run).steps.tolist() for part in panel.lines))
-        chosen = np.isin(curve.steps, list(shared))
-        curve = Curve(curve.steps[chosen], np.maximum(curve.values[chosen], 0))
+def _points(panel: Panel, line: Line, run: RecordedRun, curve: Curve) -> dict[str, Any]:
+    """Returns the steps and values of a line, the running means of one that is smoothed, and the ends of intervals."""
     if line.band is None:
         places = np.arange(len(curve.steps)) if panel.stacked else thinned(curve.values, POINTS)
-        return {"x": curve.steps[places].tolist(), "y": _rounded(panel.scale * curve.values[places])}
+        points = {"x": curve.steps[places].tolist(), "y": _rounded(panel.scale * curve.values[places])}
+        if (over := smoothing(line, curve)) > 1:  # of all values: those that are left show their extremes
+            points |= {"over": over, "mean": _rounded(panel.scale * smooth(curve.values, over)[places])}
+        return points
     ends = [[run.metrics.get(name, {}).get(step) for step in curve.steps.tolist()] for name in line.band]
     low, high = ([None if end is None else _rounded([panel.scale * end])[0] for end in part] for part in ends)
     return {"x": curve.steps.tolist(), "y": _rounded(panel.scale * curve.values), "low": low, "high": high}

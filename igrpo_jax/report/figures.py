@@ -1,7 +1,7 @@
 """Draws the panels of a report with matplotlib into PNG files, each in a light and a dark theme.
 
 With one run, the lines of a panel have the colours of their roles. With several runs, a colour stands for a run and a
-dash pattern for a kind of line. The label of the x axis says over how many steps a line is smoothed.
+dash pattern for a kind of line. The label of the x axis says over how many values a line is smoothed.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from igrpo_jax.errors import InputError
 from igrpo_jax.report.panels import panels
 from igrpo_jax.report.plots import Line, Panel
-from igrpo_jax.report.runs import RecordedRun
+from igrpo_jax.report.runs import Curve, RecordedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ COLOURS = {
 }
 RUNS = ("trained", "best", "single", "draft", "bad", "calm", "muted")  # roles whose colours tell several runs apart
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-SMOOTHED = 30  # the running mean of a line is over about a thirtieth of the steps
+SMOOTHED = 30  # the running mean of a line is over about a thirtieth of its values
 WIDTH, HEIGHT, DPI = (
     4.8,
     3.1,
@@ -97,27 +97,41 @@ def draw(panel: Panel, runs: Sequence[RecordedRun], theme: str = "light") -> "Fi
     colours = COLOURS[theme]
     figure = Figure((WIDTH, HEIGHT), facecolor=colours["paper"])
     axes = figure.add_subplot(facecolor=colours["paper"])
-    overs = [smoothing(run) for run in runs]
     if panel.stacked:
-        heights = _stack(axes, panel, runs[0], colours, overs[0])
+        heights = _stack(axes, panel, runs[0], colours)
     elif len(runs) == 1:
         looks = [{"color": colours[line.role], "label": line.label} for line in panel.lines]
-        drawn = [
-            _line(axes, panel, line, runs[0], overs[0], **look) for line, look in zip(panel.lines, looks, strict=True)
-        ]
+        drawn = [_line(axes, panel, line, runs[0], **look) for line, look in zip(panel.lines, looks, strict=True)]
         heights = np.concatenate(drawn)
     else:
-        heights = _overlay(axes, panel, runs, colours, overs)
+        heights = _overlay(axes, panel, runs, colours)
     cut = _cut(axes, panel, heights)
     if len(runs) == 1:
         _limit(axes, panel, runs[0], colours)
+    listed = [zip(panel.lines, curves(panel, run), strict=True) for run in runs]
+    overs = [smoothing(line, curve) for pairs in listed for line, curve in pairs if curve]
     _dress(figure, axes, panel, colours, cut, overs, len(runs) if len(runs) > 1 else 0)
     return figure
 
 
-def smoothing(run: RecordedRun) -> int:
-    """Returns the steps of a run's running mean, an odd number."""
-    return len(run.steps) // SMOOTHED // 2 * 2 + 1
+def curves(panel: Panel, run: RecordedRun) -> list[Curve]:
+    """Returns the curve of each line of a panel; the parts of a stack at the steps that have them all, at least 0."""
+    found = [line.of(run) for line in panel.lines]
+    if not panel.stacked:
+        return found
+    shared = list(set(found[0].steps.tolist()).intersection(*(curve.steps.tolist() for curve in found)))
+    chosen = [np.isin(curve.steps, shared) for curve in found]
+    return [Curve(curve.steps[at], np.maximum(curve.values[at], 0)) for curve, at in zip(found, chosen, strict=True)]
+
+
+def smoothing(line: Line, curve: Curve) -> int:
+    """Returns how many values of a line its running mean is over, an odd number; 1 for evaluations, which are few.
+
+    Some metrics are not measured at every step, so a mean over so many steps would flatten them.
+    """
+    if any(name.startswith("eval/") for name in line.names):
+        return 1
+    return len(curve.steps) // SMOOTHED // 2 * 2 + 1
 
 
 def labels(runs: Sequence[RecordedRun]) -> list[str]:
@@ -136,12 +150,10 @@ def smooth(values: np.ndarray, over: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _line(
-    axes: "Axes", panel: Panel, line: Line, run: RecordedRun, over: int, faint: bool = True, **look
-) -> np.ndarray:
+def _line(axes: "Axes", panel: Panel, line: Line, run: RecordedRun, faint: bool = True, **look) -> np.ndarray:
     """Draws a line and returns its values [S], an empty array where the run lacks it."""
     curve = line.of(run)
-    values = panel.scale * curve.values
+    values, over = panel.scale * curve.values, smoothing(line, curve)
     if not curve:
         return values
     if line.band:  # evaluations are few, and have an interval instead of a running mean
@@ -157,11 +169,11 @@ def _line(
     return values
 
 
-def _stack(axes: "Axes", panel: Panel, run: RecordedRun, colours: dict[str, str], over: int) -> np.ndarray:
+def _stack(axes: "Axes", panel: Panel, run: RecordedRun, colours: dict[str, str]) -> np.ndarray:
     """Draws the lines as stacked areas and returns the heights of the stack, [S]."""
-    curves = [line.of(run) for line in panel.lines]
-    steps = sorted(set(curves[0].steps.tolist()).intersection(*(curve.steps.tolist() for curve in curves)))
-    parts = [np.maximum(panel.scale * curve.values[np.isin(curve.steps, steps)], 0) for curve in curves]
+    found = curves(panel, run)
+    steps, over = found[0].steps.tolist(), smoothing(panel.lines[0], found[0])
+    parts = [panel.scale * curve.values for curve in found]
     looks = [{"color": colours[line.role], "label": line.label} for line in panel.lines]
     bottom = np.zeros(len(steps))
     for part, look in zip([smooth(part, over) for part in parts], looks, strict=True):
@@ -173,9 +185,7 @@ def _stack(axes: "Axes", panel: Panel, run: RecordedRun, colours: dict[str, str]
     return np.sum(parts, axis=0)
 
 
-def _overlay(
-    axes: "Axes", panel: Panel, runs: Sequence[RecordedRun], colours: dict[str, str], overs: Sequence[int]
-) -> np.ndarray:
+def _overlay(axes: "Axes", panel: Panel, runs: Sequence[RecordedRun], colours: dict[str, str]) -> np.ndarray:
     """Draws all runs over each other and returns all their values.
 
     A colour stands for a run and a dash pattern for a kind of line. The legend explains both.
@@ -187,7 +197,7 @@ def _overlay(
         axes.plot([], [], color=colour, linewidth=3, label=f" {label}" if label.startswith("_") else label)
         for kind, line in enumerate(panel.lines):
             dash = DASHES[kind % len(DASHES)]
-            heights.append(_line(axes, panel, line, run, overs[number], False, color=colour, linestyle=dash))
+            heights.append(_line(axes, panel, line, run, False, color=colour, linestyle=dash))
     for kind, line in enumerate(panel.lines if len(panel.lines) > 1 else ()):
         axes.plot([], [], color=colours["muted"], linestyle=DASHES[kind % len(DASHES)], label=line.label)
     return np.concatenate(heights)
@@ -223,7 +233,6 @@ def _dress(
     from matplotlib.ticker import MaxNLocator
 
     ink, muted = colours["ink"], colours["muted"]
-    means = max(overs) > 1 and not any(line.band for line in panel.lines)
     over = " and ".join(map(str, dict.fromkeys(overs)))
     look = {
         "fontsize": 12,
@@ -233,7 +242,7 @@ def _dress(
     }  # names may hold dollar signs, which are not formulas
     axes.set_title(panel.title, loc="left", pad=8, **look)
     axes.set_title(panel.unit + cut, loc="right", fontsize=SMALL, color=muted, pad=8)
-    axes.set_xlabel(f"step (means of {over} steps)" if means else "step", fontsize=SMALL, color=muted)
+    axes.set_xlabel(f"step (means of {over} values)" if max(overs) > 1 else "step", fontsize=SMALL, color=muted)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(colors=muted, labelsize=SMALL, length=0)

@@ -172,31 +172,36 @@ def worries(run: RecordedRun) -> list[str]:
     return messages
 
 
-def _ends(curve: Curve, width: int) -> tuple[float, float]:
-    """Returns the means of the first and of the last `width` values."""
-    return float(np.mean(curve.values[:width])), float(np.mean(curve.values[-width:]))
+def _ends(curve: Curve, steps: Sequence[int], width: int) -> tuple[float, float]:
+    """Returns the means over the first and over the last `width` of the run's steps; NaN where these have no value."""
+    mean = lambda part: float(part.mean()) if len(part) else math.nan
+    early, late = (curve.values[np.isin(curve.steps, some)] for some in (steps[:width], steps[-width:]))
+    return mean(early), mean(late)
 
 
 def _changes(run: RecordedRun, trained: str, spans: dict[str, Span]) -> list[Change]:
     """Returns the changes of the run's most important numbers."""
     width = ends(run.steps)
     shots = {f"single shot, {name}": name for name in run.benchmarks}
-    rows = [(title, "single", run.curve(f"eval/{name}/pass@1"), 1, "%") for title, name in shots.items()]
+    rows = [(title, "single", run.curve(f"eval/{name}/pass@1"), "%") for title, name in shots.items()]
     rows += [
-        (f"solve rate, {trained}", "trained", run.curve("rewards/accuracy/mean"), width, "%"),
-        ("solve rate, best draft", "best", run.curve("draft/solved_some", "draft/solved_all"), width, "%"),
-        ("solve rate, drafts", "draft", run.curve("draft/accuracy"), width, "%"),
-        ("reward", "trained", run.curve("reward"), width, ".2f"),
-        (f"length, {trained}", "", run.curve("completions/mean_length"), width, ",.1f"),
-        ("entropy, nats/token", "", run.curve("entropy"), width, ".3f"),
+        (f"solve rate, {trained}", "trained", run.curve("rewards/accuracy/mean"), "%"),
+        ("solve rate, best draft", "best", run.curve("draft/solved_some", "draft/solved_all"), "%"),
+        ("solve rate, drafts", "draft", run.curve("draft/accuracy"), "%"),
+        ("reward", "trained", run.curve("reward"), ".2f"),
+        (f"length, {trained}", "", run.curve("completions/mean_length"), ",.1f"),
+        ("entropy, nats/token", "", run.curve("entropy"), ".3f"),
     ]
     changes = []
-    for name, role, curve, over, form in rows:
+    for name, role, curve, form in rows:
         if not curve:
             continue
-        first, last = _ends(curve, over)
+        is_shot = name in shots  # its ends are single evaluations
+        first, last = _ends(curve, curve.steps.tolist(), 1) if is_shot else _ends(curve, run.steps, width)
+        if math.isnan(first + last):
+            continue
         tone = "" if not role or first == last else "good" if last > first else "bad"
-        if name in shots and spans[shots[name]].obstacle:
+        if is_shot and spans[shots[name]].obstacle:
             tone = ""
         if form == "%":
             texts = f"{first:.1%}", f"{last:.1%}", f"{100 * (last - first):+.1f}"

@@ -471,9 +471,8 @@ def test_a_short_run_beside_a_long_one_keeps_its_own_means_and_range(tmp_path):
         rows = [{"step": i, "loss": 0, "reward": float(i**2)} for i in range(1, steps + 1)]
         write(tmp_path / name, rows, {"steps": steps})
     both = runs.read([tmp_path / "long", tmp_path / "short"])
-    assert [figures.smoothing(run) for run in both] == [9, 1]
     axes, _, texts = drawn(by_file(both)["reward"], both)
-    assert axes.get_xlabel() == "step (means of 9 and 1 steps)"
+    assert axes.get_xlabel() == "step (means of 9 and 1 values)"
     assert texts == ["long: steps 1 to 240", "short: steps 1 to 20"]
     short = axes.lines[-1]
     assert short.get_ydata().tolist() == [i**2 for i in range(1, 21)]  # no mean over nine
@@ -568,8 +567,47 @@ def test_long_runs_are_smoothed_and_say_so(tmp_path):
     rows = [{"step": i, "loss": 0, "entropy": i % 2} for i in range(1, 301)]
     run = read(write(tmp_path / "run", rows))
     axes, lines, _ = drawn(by_file([run])["entropy"], [run])
-    assert axes.get_xlabel() == "step (means of 11 steps)"
+    assert axes.get_xlabel() == "step (means of 11 values)"
     assert np.ptp(lines["completions"].get_ydata()[20:-20]) < 0.1 < np.ptp(axes.lines[0].get_ydata())
+
+
+def test_a_line_is_smoothed_by_how_dense_it_is(tmp_path):
+    """Drafts at every second of 300 steps, and an evaluation at every 30th, of which a mean would span the run."""
+    rows = [{"step": i, "loss": 0, "entropy": i} | ({"draft/entropy": i} if i % 2 else {}) for i in range(1, 301)]
+    rows += [{"step": i, "eval/b/pass@1": i / 300, "eval/b/maj@4": i / 300} for i in range(0, 301, 5)]
+    run = read(write(tmp_path / "run", rows))
+    axes, lines, _ = drawn(by_file([run])["entropy"], [run])
+    assert axes.get_xlabel() == "step (means of 11 and 5 values)"
+    some = panels.panels([run])
+    charts.write(tmp_path / "data" / "plots.js", some, [run])
+    told = json.loads((tmp_path / "data" / "plots.js").read_text().removeprefix("plotsLoaded(").removesuffix(")\n"))
+    points = {panel["title"]: [line["runs"][0] for line in panel["lines"]] for panel in told["panels"]}
+    assert [line.get("over") for line in points["Entropy"]] == [11, 5]
+    assert points["Entropy"][1]["mean"] == pytest.approx(lines["drafts"].get_ydata().tolist(), rel=1e-5)
+    assert "over" not in points["eval/b/maj@4"][0]
+
+
+def test_means_of_a_long_line_are_of_all_its_values(tmp_path, monkeypatch):
+    """The thinned line shows the spikes alone."""
+    monkeypatch.setattr(charts, "POINTS", 30)
+    rows = [{"step": i, "loss": float(i % 2) if i % 9 else 5.0} for i in range(1, 301)]
+    run = read(write(tmp_path / "run", rows))
+    charts.write(tmp_path / "data" / "plots.js", panels.panels([run]), [run])
+    told = json.loads((tmp_path / "data" / "plots.js").read_text().removeprefix("plotsLoaded(").removesuffix(")\n"))
+    points = next(panel["lines"][0]["runs"][0] for panel in told["panels"] if panel["title"] == "Loss")
+    means = dict(zip(range(1, 301), figures.smooth(run.curve("loss").values, 11), strict=True))
+    assert len(points["x"]) == 30
+    assert points["mean"] == pytest.approx([means[step] for step in points["x"]], rel=1e-5)
+
+
+def test_ends_of_a_sparse_metric_are_those_of_the_run(tmp_path):
+    """Drafts at every second step, and a metric that only the middle of the run has."""
+    rows = [{"step": i, "loss": 0, "reward": i} | ({"draft/accuracy": i / 100} if i % 2 else {}) for i in range(1, 41)]
+    rows[20]["entropy"] = 1.0
+    found = summary.summary(read(write(tmp_path / "run", rows)), "completions")
+    changes = {change.name: change for change in found.changes}
+    assert "4 steps" in found.over and "entropy, nats/token" not in changes
+    assert (changes["solve rate, drafts"].first, changes["solve rate, drafts"].last) == ("2.0%", "38.0%")
 
 
 def test_colours_of_the_page_are_those_of_the_plots():

@@ -16,7 +16,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import chromium
-import numpy as np
 import pytest
 
 from igrpo_jax.report import figures, pages, runs, samples
@@ -240,14 +239,6 @@ def test_plots_are_all_drawn_and_names_in_them_are_text(page, out):
             "[...document.querySelectorAll('.plot path')].map(p => p.getAttribute('d')).join()"
         )
     assert page.run("window.hacked") is None
-
-
-def test_the_page_smooths_as_the_pngs_do(page, out):
-    open_report(page, out)
-    values = [round(random.Random(1).random(), 6) * i for i in range(40)]
-    for over in (1, 3, 9, 99):
-        drawn = page.run(f"means({json.dumps(values)}, {over})")
-        assert drawn == pytest.approx(figures.smooth(np.array(values), over).tolist())
 
 
 def test_filters_show_what_they_say(page, out):

@@ -31,25 +31,13 @@ function allSeries(panel, data) {
   const series = [];
   for (const [number, run] of data.runs.entries())
     for (const [kind, line] of panel.lines.entries()) {
-      const { x, y, low, high } = line.runs[number];
+      const { x, y, low, high, over = 1, mean = y } = line.runs[number];
       if (!x.length) continue;
-      const over = low ? 1 : run.over;
       const look = several ? `of-run-${number % data.colours}` : `of-${line.role}`;
       const label = several ? run.name + (panel.lines.length > 1 ? ` · ${line.label}` : "") : line.label;
-      series.push({ x, y, low, high, over, mean: means(y, over), look, label, dash: several ? DASHES[kind % DASHES.length] : "none", faint: over > 1 && !several });
+      series.push({ x, y, low, high, over, mean, look, label, dash: several ? DASHES[kind % DASHES.length] : "none", faint: over > 1 && !several });
     }
   return series;
-}
-
-// Centred running means, over the points that exist near the ends; as figures.smooth.
-function means(values, over) {
-  const reach = Math.min((over - 1) / 2, Math.floor((values.length - 1) / 2));
-  const sums = [0];
-  for (const value of values) sums.push(sums.at(-1) + value);
-  return values.map((_, i) => {
-    const [from, to] = [Math.max(0, i - reach), Math.min(values.length, i + reach + 1)];
-    return (sums[to] - sums[from]) / (to - from);
-  });
 }
 
 // Drawing
@@ -147,7 +135,7 @@ function legend(plot, peak) {
   if (plot.panel.limit !== null) notes.push(`limit ${number(plot.panel.limit)}`);
   if (peak !== null) notes.push(`peak ${number(peak)}`);
   const over = [...new Set(plot.series.map((curve) => curve.over))];
-  if (over.some((steps) => steps > 1)) notes.push(`lines are means of ${over.join(" and ")} steps`);
+  if (over.some((values) => values > 1)) notes.push(`lines are means of ${over.join(" and ")} values`);
   plot.back.hidden = plot.range === null;
   plot.legend.replaceChildren(...(entries.length > 1 ? entries : []), node("span", { className: "muted" }, notes.join(" · ")), plot.back);
 }
