@@ -187,9 +187,10 @@ def _figures(mean: dict[str, np.ndarray], counts: Counts, scale: str) -> dict[st
 
 
 def _over(part: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Returns part / total, NaN if the total is 0."""
+    """Returns part / total; where the total is 0, infinity, and NaN if the part is 0 too."""
     part, total = np.asarray(part, float), np.asarray(total, float)
-    return np.divide(part, total, out=np.full(total.shape, np.nan), where=total > ROUNDED)
+    without = np.where(part > ROUNDED, np.inf, np.nan)
+    return np.divide(part, total, out=np.broadcast_to(without, total.shape).copy(), where=total > ROUNDED)
 
 
 def _sources(name: str, counts: Counts) -> int:
@@ -202,11 +203,14 @@ def _sources(name: str, counts: Counts) -> int:
 
 
 def _interval(value: float, resampled: np.ndarray, least: float, most: float, problems: int) -> Estimate:
-    """Returns a figure with the percentiles of its resamples; exact where all are equal, as in `measures.interval`."""
+    """Returns a figure with the percentiles of its resamples; exact where all are equal, as in `measures.interval`.
+
+    Resamples in which a ratio is infinite count, so that its upper end is a bound.
+    """
     known = resampled[~np.isnan(resampled)]
-    if math.isnan(value) or not len(known):
+    if not math.isfinite(value) or not len(known):
         return UNKNOWN
-    if np.ptp(known) < 1e-9:
+    if known.max() < known.min() + 1e-9:
         other = 1 - 0.025 ** (1 / max(problems, 1))
         high = math.inf if math.isinf(most) else value + other * (most - value)
         return Estimate(value, value - other * (value - least), high).without_noise()

@@ -147,6 +147,17 @@ def test_the_rare_region_has_the_bound_of_how_much_likelier_a_wrong_draft_makes_
     assert not any("p is small" in reason for reason in concluded(0.3, 1.0, 0.3).reasons)
 
 
+def test_a_bound_that_rests_on_one_right_answer_is_none():
+    """After wrong drafts a plain answer is right at one problem only, which a third of the resamples lack."""
+    plain = np.zeros((64, K), bool)
+    plain[0, 7] = True
+    kept = np.stack([np.roll(plain, -start, axis=1)[:, :N].any(axis=1) for start in range(K)], axis=1)
+    counts = Counts(plain, kept, np.where(kept.any(axis=1), 4, NONE), np.where(np.arange(64) % 4, 0, 2), N, G)
+    figures = estimate(counts)
+    assert figures["times"].high == math.inf and 0 < figures["times"].low < figures["times"].value < math.inf
+    assert not any("the ratio at most" in reason for reason in conclude(figures, SETTING).reasons)
+
+
 REPAIRED = {"problems": 800, "cosine": (0.95, 0.93, 0.97)}
 
 
