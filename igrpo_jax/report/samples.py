@@ -53,6 +53,7 @@ def write(run: RecordedRun, folder: Path) -> Written:
     counts_by_step: dict[int, Counts] = {}
     notes: list[str] = []
     verifies = run.setting("algorithm.second_stage") == "verify"
+    trains_drafts = bool(run.setting("algorithm.train_drafts"))
     for step, path in run.samples.items():
         try:
             rows = list(whole_rows(path))
@@ -66,7 +67,9 @@ def write(run: RecordedRun, folder: Path) -> Written:
             lost = counted(len(rows) - len(readable), "line")
             notes.append(f"samples of step {step}: {lost} left out that are not whole rows; the step may lack samples")
         counts, prompts = Counts(), [_prompt(rows) for rows in groups(readable)]
-        flags = [_count(prompt, counts, verifies) for prompt in prompts]
+        flags = [
+            _count(prompt, counts, verifies or (trains_drafts and not prompt["completions"])) for prompt in prompts
+        ]
         parts = _parts([json.dumps(prompt) for prompt in prompts])
         for part_number, part in enumerate(parts):
             name = f"{step:06d}_{part_number}"
@@ -182,11 +185,12 @@ def _copied(draft: str, refinement: str) -> float:
     return copy_ratio(*(np.frombuffer(part, "<u4") for part in characters))
 
 
-def _count(prompt: Row, counts: Counts, verifies: bool) -> int:
+def _count(prompt: Row, counts: Counts, by_drafts: bool) -> int:
     """Adds a prompt to `counts`, and returns its flags.
 
     Args:
-        verifies: the run has algorithm.second_stage = "verify", and its metrics of groups describe the drafts.
+        by_drafts: its group is that of its drafts, as with algorithm.second_stage = "verify", or where drafts are
+            trained and the prompt was not refined.
     """
     flags = 0
     for sample in (*prompt["drafts"], *prompt["completions"]):
@@ -195,7 +199,7 @@ def _count(prompt: Row, counts: Counts, verifies: bool) -> int:
     counts.flagged.update(name for bit, name in enumerate(FLAGS) if flags >> bit & 1)
     trained = [sample for sample in prompt["completions"] if sample["advantage"] is not None]
     is_equal = bool(trained) and not any(sample["advantage"] for sample in trained)
-    if verifies:  # advantages of drafts are not written
+    if by_drafts:  # advantages of drafts are not written
         trained = [sample for sample in prompt["drafts"] if sample["reward"] is not None]
         is_equal = len({sample["reward"] for sample in trained}) < 2
     if is_equal:

@@ -190,6 +190,20 @@ def test_groups_without_a_gradient_are_split_by_what_they_are(tmp_path):
     assert dict(found.counts[3].equal) == {"right": 1, "wrong": 2, "mixed": 1} and found.counts[3].prompts == 6
 
 
+@pytest.mark.parametrize(("trained", "equal"), [(True, {"right": 1, "mixed": 1}), (False, {"mixed": 1})])
+def test_prompts_that_are_not_refined_have_the_group_of_their_drafts(tmp_path, trained, equal):
+    """With draft_when = unsolved: of three solved prompts one has right drafts only."""
+    drafts = {"p0": (1, 1), "p1": (0, 1), "p2": (0, 0)}
+    rows = [
+        sample("draft", i, right=right, prompt=name, reward=float(right))
+        for name, both in drafts.items()
+        for i, right in enumerate(both)
+    ]
+    rows += [sample("refine", i, right=i, prompt="p2", parent=0, advantage=0.0) for i in (0, 1)]
+    found, _ = written(tmp_path, rows, algorithm={"train_drafts": trained})
+    assert dict(found.counts[3].equal) == equal
+
+
 def test_large_steps_come_in_parts_and_torn_ones_are_said(tmp_path, monkeypatch):
     rows = [sample("refine", 0, "y" * 400, prompt=f"p{i}") for i in range(5)]
     monkeypatch.setattr(samples, "PART_BYTES", 1500)  # three prompts of some 700
