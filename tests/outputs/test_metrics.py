@@ -173,6 +173,8 @@ def test_completions_without_a_verdict_are_left_out_of_means(two_groups):
     assert got["reward"] == pytest.approx((2 + 1 + 1) / 3) and got["reward_std"] == 0.0
     assert got["frac_reward_zero_std"] == 1.0  # one verdict alone compares with nothing
     assert np.isnan(got["rewards/judge/mean"])  # written as null
+    # Their accuracy, which needs no judge, counts nowhere: 1, 1 and 0 of completions are left, and 0 of drafts.
+    assert (got["rewards/accuracy/mean"], got["draft/accuracy"]) == (pytest.approx(2 / 3), 0.0)
     assert got["draft/reward"] == got["draft/best_reward"] == 1.0
     assert got["refine/gain_vs_best_draft"] == 1.0
 

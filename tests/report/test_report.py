@@ -143,6 +143,7 @@ def test_flags_compare_a_refinement_with_the_draft_it_was_shown(tmp_path):
     assert [names(one) for one in first["completions"]] == [["fixed", "copied"], []]
     assert [names(one) for one in second["completions"]] == [["broken"], ["copied"]]  # 44 of 48 characters
     assert names(third["completions"][0]) == [] and third["kept"] is None
+    assert [one["right"] for one in first["completions"]] == [True, None]  # its accuracy is there, and no verdict
     assert (first["kept"], first["completions"][1]["status"], first["answer"]) == (1, "timeout", "2")
     assert found.index == [{"step": 3, "parts": [3], "flags": [1 + 4 + 8 + 16, 2 + 4, 0]}]
     assert dict(found.counts[3].flagged) == {"fixed": 1, "copied": 2, "truncated": 1, "unparseable": 1, "broken": 1}
