@@ -163,9 +163,13 @@ def _compared(run: RecordedRun, name: str, span: Span) -> tuple[str, str]:
 
 def worries(run: RecordedRun) -> list[str]:
     """Returns the alerts of the last step, the same as those of the console, and the metrics that were not finite."""
-    watched = [name for name in {**run.metrics, **run.nulls} if is_watched(name)]
-    rows = [{name: run.metrics.get(name, {}).get(step) for name in watched} for step in run.steps]
-    messages = alerts(rows[-1], rows[:-1]) if rows else []
+    rows: dict[int, dict[str, float | None]] = {step: {} for step in run.steps}
+    for name in filter(is_watched, {**run.metrics, **run.nulls}):
+        values = dict.fromkeys(run.nulls.get(name, ())) | run.metrics.get(name, {})
+        for step in values.keys() & rows.keys():  # a row has only the metrics that its step has
+            rows[step][name] = values[step]
+    *before, last = rows.values() or [{}]
+    messages = alerts(last, before)
     for name in ("loss", "grad_norm", "reward", "entropy"):
         if steps := run.nulls.get(name):
             messages.append(f"{name}: not finite at {counted(len(steps), 'step')}, first at step {steps[0]}")

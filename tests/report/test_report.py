@@ -350,6 +350,13 @@ def test_alerts_of_custom_rewards_are_the_consoles(tmp_path):
     assert {alert.partition(":")[0] for alert in found.alerts} == {"no value", "constant reward"}
 
 
+def test_a_reward_of_steps_without_refinements_raises_no_alert(tmp_path):
+    """The last steps refined no prompt, so they lack the metrics of refinements."""
+    known = {"rewards/own/mean": 0.5, "rewards/own/std": 0.1}
+    rows = [{"step": step, "loss": 0.0} | (known if step < 15 else {}) for step in range(1, 21)]
+    assert summary.summary(read(write(tmp_path / "run", rows, {"steps": 30})), "completions").alerts == []
+
+
 # Plots
 
 
