@@ -138,7 +138,7 @@ class Evaluator:
     def paths(self, prompt: Prompt, rows: Rows) -> list[tuple[int, ...]]:
         """Returns `RoundPrompt.drafts` of the plain prompt, (), and of each round's prompt in the chain "vote"."""
         rounds = range(1, self._config.evaluation.rounds + 1)
-        return [(), *(self._summaries.chosen([prompt], rows, "vote", number)[0] for number in rounds)]
+        return [(), *(self._summaries.chosen([prompt], rows, "vote", number, sampled=1)[0] for number in rounds)]
 
     def _sample_all(
         self, params: decoder.Params, name: str, prompts: Sequence[Prompt], rows: Rows, chains: Sequence[str]

@@ -30,18 +30,31 @@ class Summaries:
         # Classes of equal answers, kept by the answers so that a repeated vote has the same result.
         self._known_classes: dict[tuple[str | None, ...], list[int]] = {}
 
-    def chosen(self, prompts: Sequence[Prompt], rows: Rows, chain: str, number: int) -> list[tuple[int, ...]]:
-        """Returns, for each problem, the drafts that lead to its prompt of round `number` in the chain of this name."""
+    def chosen(
+        self, prompts: Sequence[Prompt], rows: Rows, chain: str, number: int, sampled: int = 0
+    ) -> list[tuple[int, ...]]:
+        """Returns, for each problem, the drafts that lead to its prompt of round `number` in the chain of this name.
+
+        Args:
+            sampled: the number of samples that these prompts have in `rows`; 0 where they are still to be sampled. The
+                vote of the process that sampled a prompt counts: another may compare answers by their text alone, where
+                the verifier takes too long, and so choose a draft that was never shown.
+        """
         paths: list[tuple[int, ...]] = [()] * len(prompts)
         for _ in range(number):
             drafts = [
                 rows.of(prompt.index, path)[: self._config.evaluation.drafts]
                 for prompt, path in zip(prompts, paths, strict=True)
             ]
-            if chain == "oracle":
-                best = [next((i for i, row in enumerate(some) if row["accuracy"] == 1), 0) for some in drafts]
-            else:
+            right = [next((i for i, row in enumerate(some) if row["accuracy"] == 1), 0) for some in drafts]
+            best = right
+            if chain != "oracle":
                 best = [measures.vote(classes) or 0 for classes in self._classes(drafts)]
+                if sampled:
+                    best = [
+                        _shown(rows, prompt.index, path, vote, oracle, sampled)
+                        for prompt, path, vote, oracle in zip(prompts, paths, best, right, strict=True)
+                    ]
             paths = [(*path, draft) for path, draft in zip(paths, best, strict=True)]
         return paths
 
@@ -54,7 +67,7 @@ class Summaries:
         for number in range(1, self._config.evaluation.rounds + 1):
             chains = {}
             for chain in CHAINS:
-                paths = self.chosen(prompts, rows, chain, number)
+                paths = self.chosen(prompts, rows, chain, number, sampled=count)
                 answers = self._answers(prompts, paths, rows, count)
                 draft = [
                     rows.of(prompt.index, path[:-1])[path[-1]]["accuracy"] == 1
@@ -88,6 +101,21 @@ class Summaries:
         futures = {key: self._verifier.classes(key) for key in new}
         self._known_classes |= {key: future.result() for key, future in futures.items()}
         return [self._known_classes[key] for key in keys]
+
+
+def _shown(rows: Rows, index: int, path: tuple[int, ...], vote: int, oracle: int, samples: int) -> int:
+    """Returns which draft the vote chose where the next prompt was sampled: `vote`, unless only another was shown.
+
+    Args:
+        index: of the problem.
+        path: the drafts before.
+        oracle: the draft that the oracle chose. Where the vote chose another, that one was shown too.
+        samples: of each prompt.
+    """
+    drafts = range(len(rows.of(index, path)))
+    shown = [draft for draft in drafts if len(rows.of(index, (*path, draft))) >= samples]
+    others = [draft for draft in shown if draft != oracle]
+    return vote if vote in others else (others or shown or [vote])[0]
 
 
 def by_subject(subjects: Sequence[str], correct: np.ndarray) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ import json
 import re
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from igrpo_jax.evaluation import inference, planning, results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator, RoundPrompt
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.records import Score
+from igrpo_jax.records import Prompt, Score
 from igrpo_jax.rewards.failures import VerifierError
 from igrpo_jax.rewards.mathematics import grader
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -328,6 +329,43 @@ def test_rounds_choose_a_draft_without_and_with_the_answer(evaluator, params, po
     assert "| small | 1 | vote | " in text and "| small | 2 | oracle | " in text
     assert "eval/small/refine_1/fixed" in summaries.flat({"small": one})
     assert "eval/small/refine_2_oracle/pass@1" in summaries.flat({"small": one})
+
+
+class TextVerifier:
+    """Compares answers by their text alone, as where a comparison takes too long."""
+
+    def classes(self, found) -> Future:
+        done = Future()
+        done.set_result([found.index(one) for one in found])
+        return done
+
+
+@pytest.mark.parametrize(("right", "oracle"), [(2, 2), (1, 1), (None, 0)])
+def test_a_summary_follows_the_draft_that_was_shown(right, oracle):
+    """Answers a, b and B: by what they mean b has two votes and was shown, by their text a.
+
+    The oracle has a prompt of its own, the same one, or shows a, where nothing is right.
+    """
+    c = settings(evaluation__samples=3, evaluation__rounds=2)
+    (prompt,) = [Prompt("p", 4, "q", "y", np.zeros(1, np.int32))]
+    rows = results.Rows(None, "small")
+    paths = {(), (1,), (oracle,), (1, 1), (oracle, oracle)}
+    for drafts in paths:
+        for i, answer in enumerate("abB"):
+            row = {
+                "index": 4,
+                "drafts": list(drafts),
+                "sample_id": i,
+                "extracted": answer,
+                "accuracy": float(i == right),
+            }
+            rows.add(row | {"token_count": 10 * sum(drafts) + len(drafts), "finished": True, "status": "ok"})
+    plan = SimpleNamespace(prompts={"small": [prompt]})
+    found = summaries.Summaries(c, plan, TextVerifier())
+    first, second = found.summary("small", rows)["rounds"]
+    assert (first["vote"]["mean_length"], first["oracle"]["mean_length"]) == (11, 10 * oracle + 1)
+    assert (second["vote"]["mean_length"], second["oracle"]["mean_length"]) == (22, 20 * oracle + 2)
+    assert found.chosen([prompt], rows, "vote", 1) == [(0,)]  # what is still to be sampled
 
 
 @pytest.mark.slow
