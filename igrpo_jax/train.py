@@ -126,7 +126,8 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
         compiled = []  # the first step of a launch compiles the run's programs, which do not count as recompilations
     times = {"perf/update_time": ended - updating, "perf/step_time": ended - began, "perf/recompiles": len(compiled)}
     times["perf/wall_time"] = time.time()
-    metrics = {**checked, **learned, **rollout_metrics(groups, run.config), **sampled}
+    changes = [credit.reward_changes(group, run.config.algorithm) for group in groups]
+    metrics = {**checked, **learned, **rollout_metrics(groups, run.config, changes), **sampled}
     metrics |= {**credit.reward_metrics(groups, run.config), **times, **peak_memory()}
     metrics |= throughput(metrics, list(run.inputs.mesh.devices.flat))
     return StepResult(state, groups, advantages, metrics, compiled)

@@ -14,7 +14,7 @@ from igrpo_jax.config import Config
 from igrpo_jax.records import VERDICTS, Completion, Group, same_answer
 
 
-def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], config: Config, changes: Sequence[np.ndarray] = ()) -> dict[str, float]:
     """Returns the metrics of one rollout by name. Those of a stage that did not run are absent, not zero.
 
     The trained completions have TRL's names: `reward`, `reward_std` (mean over groups of the std with ddof = 1),
@@ -42,13 +42,18 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
 
     "Right" is accuracy = 1. Without an accuracy reward the metrics that need one are absent. Means of rewards leave out
     NaN, the reward of a completion without a verdict; a mean over no value is NaN, which is written as null.
+
+    Args:
+        changes: what is added to the rewards of each group's refinements before advantages are computed, [G] each; none
+            for nothing. Only `reward_std` and `frac_reward_zero_std` count it: they say what advantages come from.
     """
     refined = [group for group in groups if group.completions]
     is_verify = config.algorithm.second_stage == "verify"
     answered = [group.of_drafts for group in groups if group.drafts] if is_verify else refined
     samples = [sample for group in groups for sample in (*group.drafts, *group.completions)]
     with_accuracy = any("accuracy" in sample.score.rewards for sample in samples)
-    metrics = _completion_metrics(answered, config) if answered else {}
+    added = [change for change, group in zip(changes, groups, strict=True) if group.completions] if changes else []
+    metrics = _completion_metrics(answered, config, [] if is_verify else added) if answered else {}
     drafted = _draft_metrics([group.drafts for group in groups if group.drafts], with_accuracy)
     same = ("draft/reward", "draft/accuracy", "draft/mean_length") if is_verify else ()  # under TRL's names then
     metrics |= {name: value for name, value in drafted.items() if name not in same}
@@ -57,15 +62,15 @@ def rollout_metrics(groups: Sequence[Group], config: Config) -> dict[str, float]
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _completion_metrics(groups: Sequence[Group], config: Config) -> dict[str, Any]:
-    """Returns the metrics of the completions of `groups`, each of which has some."""
+def _completion_metrics(groups: Sequence[Group], config: Config, changes: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Returns the metrics of the completions of `groups`, each of which has some; `changes` as in `rollout_metrics`."""
     completions = [completion for group in groups for completion in group.completions]
     group_rewards = [
         np.array([completion.score.reward for completion in group.completions], np.float64) for group in groups
     ]
-    compared = group_rewards
+    compared = [own + change for own, change in zip(group_rewards, changes, strict=True)] if changes else group_rewards
     if config.algorithm.group == "prompt":
-        pairs = zip(group_rewards, groups, strict=True)
+        pairs = zip(compared, groups, strict=True)
         compared = [np.concatenate([rewards, group.of_drafts.rewards]) for rewards, group in pairs]
     known = [rewards[~np.isnan(rewards)] for rewards in compared]
     lengths = np.array([len(completion.tokens) for completion in completions])

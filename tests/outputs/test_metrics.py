@@ -44,6 +44,20 @@ def test_groups_may_hold_the_drafts_too(two_groups):
     assert got["frac_reward_zero_std"] == 0.0 and got["reward"] == 1.0  # the mean of the refinements as ever
 
 
+def test_what_is_added_to_rewards_counts_in_their_spread_alone(two_groups):
+    """Rewards 2, 0 with -2 and 0 added are alike, and 1, 1 with 0 and -1 differ by 1; an unrefined prompt has none."""
+    first, second = two_groups
+    solved = dataclasses.replace(first, completions=(), kept=None, context=first.prompt.tokens)
+    changes = [np.array(some, np.float32) for some in ([], [-2, 0], [0, -1])]
+    got = metrics.rollout_metrics([solved, first, second], run_config(), changes)
+    assert got["reward_std"] == pytest.approx(np.sqrt(0.5) / 2) and got["frac_reward_zero_std"] == 0.5
+    before = metrics.rollout_metrics([solved, first, second], run_config())
+    assert {name for name in got if got[name] != before[name]} == {"reward_std"}
+    algorithm = dataclasses.replace(run_config().algorithm, group="prompt", train_drafts=True)
+    got = metrics.rollout_metrics([first], dataclasses.replace(run_config(), algorithm=algorithm), [changes[1]])
+    assert got["reward_std"] == pytest.approx(np.sqrt(2.75 / 3))  # 0, 0 with drafts 2, 1
+
+
 def test_prompts_without_refinements_count_among_the_drafts_alone(two_groups):
     first, second = two_groups
     solved = dataclasses.replace(first, completions=(), kept=None, context=first.prompt.tokens)
