@@ -9,6 +9,7 @@ jax is imported inside functions only: the verifier's worker processes import th
 
 import contextlib
 import functools
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,13 @@ def main(argv: list[str]) -> None:
     config, values = parsing.parse_model(argv, USAGE, FLAGS)
     if values["compare"]:
         from igrpo_jax.evaluation.comparison import compare
+        from igrpo_jax.outputs.lines import printable
 
         folders = [folder.strip() for folder in values["compare"].split(",")]
         if len(folders) != 2:
             raise InputError(f"--compare {values['compare']}: give two folders, A,B")
-        print(compare(*(reading.local(f"--compare {folder}", folder) for folder in folders)), end="")
+        text = compare(*(reading.local(f"--compare {folder}", folder) for folder in folders))
+        print(printable(text, sys.stdout.encoding), end="")  # no `Console`, which would take the accelerator
         return
     for flag, fix in (("model", "the folder of a run, a Hugging Face directory or a hub id"), ("workdir", "a folder")):
         if not values[flag]:

@@ -134,6 +134,17 @@ def call(monkeypatch, capsys):
     return call
 
 
+def test_what_a_comparison_prints_of_data_is_text(call, tmp_path):
+    """An answer of two lines, with half a character and an escape that does not end, and a benchmark that would be two cells."""
+    for name, answer in (("a", "1\n| x |\ud800\x1b]0;title"), ("b", "2")):
+        row = {"prompt_id": "p", "index": 0, "drafts": [], "sample_id": 0, "prompt": "q", "answer": answer}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m|n.jsonl").write_text(json.dumps(row | {"accuracy": 1.0}) + "\n")
+    said = call(evaluate, "--compare", f"{tmp_path / 'a'},{tmp_path / 'b'}").splitlines()
+    assert "| m\\|n: first reference answer that differs | p: 1 \\| x \\| | p: 2 |" in said
+    assert any(line.startswith("| m\\|n | 1 | 100.00 |") for line in said)
+
+
 def texts(out: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (out / "mine.jsonl").open()]
 

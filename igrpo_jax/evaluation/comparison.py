@@ -3,18 +3,19 @@
 Problems are compared in pairs: those that both folders hold, by the mean accuracy of their single-shot answers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.evaluation import measures
 from igrpo_jax.evaluation.results import benchmark_of, read_rows
 from igrpo_jax.evaluation.summary_tables import percent
 from igrpo_jax.outputs.evaluation_settings import MODEL, cell, read_settings
+from igrpo_jax.outputs.lines import plain_text
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def compare(first: Path, second: Path) -> str:
         count = f"{pair.problems}" + (f" ({pair.left_out} in one only)" if pair.left_out else "")
         cells = [name, count, percent(pair.first), percent(pair.second), f"{100 * pair.change:+.2f}"]
         cells += [f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}", f"{pair.better}, {pair.worse}"]
-        lines.append("| " + " | ".join([*cells, f"{pair.p_value:.2g}"]) + " |")
+        lines.append(_row([*cells, f"{pair.p_value:.2g}"]))
     return "\n".join(lines) + "\n"
 
 
@@ -104,7 +105,8 @@ def _differences(
     """Returns lines that name both evaluations, and a table of all their differences besides the model."""
     lines, known = [], [part for part in settings if part is not None]
     for label, folder, part in zip("AB", folders, settings, strict=True):
-        lines.append(f"{label} = {folder}" + (f": {_model(part)}" if part else ", which records no settings"))
+        about = f"{label} = {folder}" + (f": {_model(part)}" if part else ", which records no settings")
+        lines.append(one_line(plain_text(about)))
     rows = []
     if len(known) == 2:
         names = [name for name in dict.fromkeys([*known[0], *known[1]]) if name not in MODEL]
@@ -116,11 +118,17 @@ def _differences(
     if rows:
         lines += ["", "They differ in more than the model, so B - A is not due to the model alone:", ""]
         lines += ["| | A | B |", "|---|---|---|"]
-        return lines + ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+        return lines + [_row(row) for row in rows]
     if len(known) == 2:
         same = all(known[0].get(name) == known[1].get(name) for name in MODEL)
         lines += ["", "Settings and problems are the same" + (", and so is the model." if same else ".")]
     return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    """Returns a row of a Markdown table; what the data hold is one line without escapes in it."""
+    # Each by itself: an escape sequence that does not end would take the rest of the table with it.
+    return "| " + " | ".join(one_line(plain_text(cell)).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _only(own: Problems, other: Problems) -> str:

@@ -29,7 +29,7 @@ from rich.text import Text
 from igrpo_jax.outputs import lines
 from igrpo_jax.outputs.alerts import Row, alerts, is_watched
 from igrpo_jax.outputs.files import number
-from igrpo_jax.outputs.lines import hours, plain_text
+from igrpo_jax.outputs.lines import hours, plain_text, printable
 from igrpo_jax.records import Group
 
 REMEMBERED = 50  # steps from which the time left is estimated
@@ -160,9 +160,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """Prints `text` without its terminal escapes; where stdout is not a terminal it is never wrapped."""
-        encoding = self._out.encoding or "utf-8"
-        safe = plain_text(text).encode(encoding, "replace").decode(encoding)
-        self._out.print(Text(safe), soft_wrap=True)
+        self._out.print(Text(printable(text, self._out.encoding)), soft_wrap=True)
 
     def table(self, title: str, rows: Sequence[tuple[str, Any]]) -> None:
         """Prints a title and two columns, names and values."""

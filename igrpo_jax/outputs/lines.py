@@ -107,6 +107,12 @@ def plain_text(text: str) -> str:
     return _ESCAPES.sub("", text.replace("\r\n", "\n"))
 
 
+def printable(text: str, encoding: str | None) -> str:
+    """Returns `plain_text` in the characters that a stream of this encoding takes, with "?" for each other one."""
+    encoding = encoding or "utf-8"
+    return plain_text(text).encode(encoding, "replace").decode(encoding)
+
+
 def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
     """Returns (title, text) of a question, the draft in its prompt, its first completion and the right answer.
 

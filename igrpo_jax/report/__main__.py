@@ -5,11 +5,13 @@ It also works on a run that is under way or has crashed; the same command writes
 plotted together. It needs matplotlib (pip install "igrpo-jax[report]"), and neither needs nor touches an accelerator.
 """
 
+import sys
+
 from absl import flags
 
 from igrpo_jax.cli import exits, parsing
 from igrpo_jax.errors import InputError
-from igrpo_jax.outputs.lines import plain_text
+from igrpo_jax.outputs.lines import printable
 from igrpo_jax.report import pages
 
 
@@ -24,9 +26,9 @@ def main(argv: list[str]) -> None:
         raise InputError("--workdir: missing; give the folder of a run")
     for shown in pages.build(values.workdir, values.out):
         conclusion = shown.summary.conclusion
-        print(plain_text(f"{shown.name}: {conclusion.answer}. {'; '.join(conclusion.reasons)}."))
-        for text in (*shown.summary.alerts, *shown.notes):
-            print(plain_text(f"  {text}"))
+        about = f"{shown.name}: {conclusion.answer}. {'; '.join(conclusion.reasons)}."
+        for text in (about, *(f"  {text}" for text in (*shown.summary.alerts, *shown.notes))):
+            print(printable(text, sys.stdout.encoding))
     print(f"written to {values.out or values.workdir[0].rstrip('/') + '/report'}/index.html")
 
 
