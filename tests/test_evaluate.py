@@ -135,7 +135,7 @@ def call(monkeypatch, capsys):
 
 
 def test_what_a_comparison_prints_of_data_is_text(call, tmp_path):
-    """An answer of two lines, with half a character and an escape that does not end, and a benchmark that would be two cells."""
+    """Two lines, half a character and an escape that does not end in an answer; a bar in the name of a benchmark."""
     for name, answer in (("a", "1\n| x |\ud800\x1b]0;title"), ("b", "2")):
         row = {"prompt_id": "p", "index": 0, "drafts": [], "sample_id": 0, "prompt": "q", "answer": answer}
         (tmp_path / name).mkdir()

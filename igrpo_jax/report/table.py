@@ -4,6 +4,7 @@ from igrpo_jax.report.plots import Line, Panel
 
 LEARNING, REFINING, HEALTH = "Is it learning?", "What refining does", "Health of the update"
 VERIFIER, TIME, WARM_START, OTHER = "Verifier", "Time and memory", "Warm start", "All other metrics"
+OF_DRAFTS = "Some drafts are measured, at the steps whose samples are printed."
 
 PANELS: dict[str, tuple[Panel, ...]] = {
     LEARNING: (
@@ -129,8 +130,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "entropy",
             "Entropy",
             "nats per token",
-            "Of the policy at the sampled tokens. A fall to nothing means that samples no longer differ. Drafts "
-            "that are not trained on are measured only at the steps whose samples are printed.",
+            "Of the policy at the sampled tokens. A fall to nothing means that samples no longer differ.",
             (
                 Line("refinements", "trained", ("entropy",)),
                 Line("drafts", "draft", ("draft/entropy",)),
@@ -184,7 +184,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "Sampler against trainer",
             "nats",
             "Mean difference of the log-probs of the same tokens: about 0.02 in bfloat16. Above that, sampler and "
-            "trainer are not the same policy.",
+            f"trainer are not the same policy. {OF_DRAFTS}",
             (
                 Line("refinements", "trained", ("sampling/sampling_logp_difference/mean",)),
                 Line("drafts", "draft", ("sampling/draft_logp_difference/mean",)),
@@ -194,7 +194,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             "logp_difference_max",
             "Sampler against trainer, largest",
             "nats",
-            "The largest difference of any token; below 1 in a healthy run.",
+            f"The largest difference of any token; below 1 in a healthy run. {OF_DRAFTS}",
             (
                 Line("refinements", "trained", ("sampling/sampling_logp_difference/max",)),
                 Line("drafts", "draft", ("sampling/draft_logp_difference/max",)),

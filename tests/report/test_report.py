@@ -462,6 +462,15 @@ def test_what_people_look_for_has_a_plot(tmp_path):
     assert not sections[table.OTHER][0].drawn
 
 
+def test_panels_of_what_few_steps_measure_say_so():
+    """docs/metrics.md says so of these metrics; the entropy of drafts is the sampler's, of every step."""
+    every = [panel for some in table.PANELS.values() for panel in some]
+    sparse = {panel.file for panel in every for line in panel.lines if "draft_logp_difference" in str(line.metrics)}
+    assert sparse == {panel.file for panel in every if "steps whose samples are printed" in panel.caption} - {
+        "reliance"
+    }
+
+
 def test_an_sft_run_is_shown_as_what_it_is(tmp_path):
     settings = {"algorithm": {"num_drafts": 4, "loss_type": "grpo"}, "steps": 3, "prompts_per_step": 2}
     rows = [{"step": i, "sft/loss": 3.0 - i, "perf/step_time": 0.5} for i in (1, 2, 3)]
