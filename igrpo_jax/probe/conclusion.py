@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from igrpo_jax.probe import draft_signal
-from igrpo_jax.probe.estimates import UNKNOWN, Estimate, problems_needed
+from igrpo_jax.probe.estimates import HALF_WIDTH, SHOWN, UNKNOWN, Estimate, problems_needed
 
 CLEAR = 0.3  # mean width of the intervals of trust and repair below which an unseen effect counts as none
 LEAST_BOUND = 1e-3  # fraction of the success with drafts; a smaller bound on plain success is not reported
@@ -172,7 +172,11 @@ def along_plain(ratio: Estimate, cosine: Estimate) -> Estimate:
 
 
 def _more(figures: Mapping[str, Estimate], ratio: Estimate, setting: Setting) -> str:
-    """Returns the sentence about the number of problems that could tell."""
+    """Returns the sentence about the number of problems that could tell, as surely as `problems_needed` asks for.
+
+    Args:
+        ratio: that of SNR^2, or that along the plain gradient, whose interval has the width of the cosine's in it.
+    """
     few = "1 problem is" if setting.problems == 1 else f"{setting.problems:,} problems are"
     text = f"the interval holds 1, so {few} too few to tell"
     cosine = figures.get("cosine")
@@ -180,11 +184,12 @@ def _more(figures: Mapping[str, Estimate], ratio: Estimate, setting: Setting) ->
         return f"{text}; the cosine is lost in noise, so compare the gradients of more problems (--gradients)"
     if not 0 < ratio.low <= ratio.value <= ratio.high < math.inf or ratio.value == 1:
         return f"{text}; {_wanting(figures, ratio.value, setting)}"
-    width = max(math.log(ratio.high / ratio.value), math.log(ratio.value / ratio.low))
+    width = max(math.log(ratio.high / ratio.value), math.log(ratio.value / ratio.low)) * SHOWN / HALF_WIDTH
     needed = setting.problems * (width / math.log(ratio.value)) ** 2
     if needed > MOST * setting.problems:
         return f"{text}; the ratio is so near 1 that it matters little"
-    return f"{text}; if the ratio is what it seems, about {math.ceil(needed / 10) * 10:,} would do"
+    enough = f"{text}; if the ratio is what it seems, about {math.ceil(needed / 10) * 10:,} would do"
+    return f"{enough}, with as many --gradients" if cosine is not None and cosine.is_known else enough
 
 
 def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) -> str:

@@ -34,7 +34,8 @@ from igrpo_jax.probe import draft_signal
 RESAMPLES = 2000
 FEW = 5  # fewer active problems than this are too few for a bootstrap
 SEEN = 11.6046  # mean of a Poisson count that is at least FEW with probability 99 % (Garwood 1936, Biometrika 28)
-SHOWN = 1.96 + 1.28  # distance from 0, in standard deviations, at which nine of ten 95 % intervals exclude 0
+HALF_WIDTH = 1.96  # of a 95 % interval, in standard deviations
+SHOWN = HALF_WIDTH + 1.28  # distance from 0, in standard deviations, at which nine of ten 95 % intervals exclude 0
 ROUNDED = 1e-12  # a figure nearer to 0 is what rounding leaves of 0; no share of counts is as small
 NONE = -1  # a count of refinements of a draft that was not shown
 

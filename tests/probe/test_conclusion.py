@@ -265,8 +265,9 @@ def test_too_few_problems():
     for ratio in (Estimate(0.9, 0.6, 1.1), Estimate(1.2, 0.9, 1.6)):
         conclusion = conclude(figures | {"ratio": ratio, "cosine": Estimate(1.0, 0.99, 1.0)}, SETTING)
         assert conclusion.more_signal is None and "too few to tell" in " ".join(conclusion.reasons)
-    # Widths shrink with the square root, and log(1.2 / (0.9 0.99^2)) must become log(1.2): 400 times 2.85.
-    assert "about 1,140 would do" in " ".join(conclusion.reasons)
+    # Widths of 1.96 standard deviations shrink with the square root, and 3.24 of them must be log(1.2): log(1.2 / (0.9
+    # 0.99^2)) must shrink by 2.79, and 400 problems become 7.78 times as many.
+    assert "about 3,120 would do, with as many --gradients" in " ".join(conclusion.reasons)
 
 
 def test_signal_that_points_elsewhere_and_signal_whose_direction_is_unknown():
