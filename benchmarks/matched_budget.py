@@ -35,7 +35,7 @@ With --setting qwen05 they are GRPO (8), iGRPO (4 + 4), and the iGRPO that train
 variant in docs/study.md.
 
 After a kill the same command continues: it skips finished runs and resumes an unfinished one. OUT/study.json holds its
---setting, --steps, --model, --data, --screen and --held-out, and others are refused in that folder.
+--setting, --steps, --model, --data, --screen, --held-out and --config flags, and others are refused in that folder.
 
 With --minutes it is over after so many minutes: runs that are still going get SIGTERM earlier, by the setting's
 preemption_grace, save a checkpoint and end, and the exit code is 75. What must be kept to go on elsewhere is OUT

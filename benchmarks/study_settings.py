@@ -103,12 +103,14 @@ SOLVED = "data/solved.jsonl"  # there too: the problems to train on that the mod
 
 
 def decisions(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments that decide what the runs of a study are, by their flags."""
+    """Returns the arguments that decide what the runs of a study are, by name; `flags` are those of every run."""
     setting = SETTINGS[args.setting]
     decided: dict[str, Any] = {"setting": args.setting, "steps": steps_of(args)}
     if setting.screen:
         decided |= {"screen": args.screen, "held-out": args.held_out, "data": str(Path(args.data).absolute())}
         decided["model"] = str(Path(args.model).absolute()) if Path(args.model).is_dir() else args.model
+    if not args.report_only:  # which makes no runs
+        decided["flags"] = sorted(args.flags)
     return decided
 
 
@@ -131,6 +133,12 @@ def check_same(args: argparse.Namespace) -> None:
         known = json.loads(file.read_text(encoding="utf-8"))
     for name, value in decided.items():
         if known.get(name, value) != value:
+            if name == "flags":
+                has, given = (" ".join(flags) or "none" for flags in (known[name], value))
+                raise SystemExit(
+                    f"flags of the runs: {given}; the study in {args.out} has {has}; give these to resume it, or "
+                    f"another --out for a new one; if they change no result, change them in {file}"
+                )
             moved = f"; if it has only moved, change it in {file}" if name in ("model", "data") else ""
             raise SystemExit(
                 f"--{name} {value}: the study in {args.out} has {known[name]}; give --{name} {known[name]} to resume "

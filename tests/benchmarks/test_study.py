@@ -430,9 +430,10 @@ def test_a_folder_holds_one_study(tmp_path, monkeypatch):
     (tmp_path / "data" / "solved.jsonl").touch()
     given = {"--out": tmp_path, "--setting": "qwen05", "--model": "m", "--data": tmp_path / "d"}
 
-    def opened(**more):
+    def opened(*run_flags, **more):
         flags = {**given, **{f"--{name.replace('_', '-')}": value for name, value in more.items()}}
-        return study_settings.open_study(parse(monkeypatch, *(str(x) for flag in flags.items() for x in flag)), 0.0)
+        named = (str(x) for flag in flags.items() for x in flag)
+        return study_settings.open_study(parse(monkeypatch, *named, *run_flags), 0.0)
 
     opened()  # a folder of an earlier version, which does not say whose it is
     opened(steps=study_settings.read_config(study_settings.SETTINGS["qwen05"].config).steps, screen=1024, held_out=128)
@@ -447,3 +448,5 @@ def test_a_folder_holds_one_study(tmp_path, monkeypatch):
         assert ("if it has only moved" in text) == (name in ("model", "data"))
     opened(seeds=3, groups="main", jobs=1)
     opened()
+    with pytest.raises(SystemExit, match=r"flags of the runs: --config.beta=3; the study in .* has none; give these"):
+        opened("--config.beta=3")
