@@ -233,7 +233,7 @@ def _dress(
     from matplotlib.ticker import MaxNLocator
 
     ink, muted = colours["ink"], colours["muted"]
-    over = " and ".join(map(str, dict.fromkeys(overs)))
+    over = " and ".join(str(values) for values in dict.fromkeys(overs) if values > 1)
     look = {
         "fontsize": 12,
         "fontweight": "bold",
@@ -242,7 +242,7 @@ def _dress(
     }  # names may hold dollar signs, which are not formulas
     axes.set_title(panel.title, loc="left", pad=8, **look)
     axes.set_title(panel.unit + cut, loc="right", fontsize=SMALL, color=muted, pad=8)
-    axes.set_xlabel(f"step (means of {over} values)" if max(overs) > 1 else "step", fontsize=SMALL, color=muted)
+    axes.set_xlabel(f"step (means of {over} values)" if over else "step", fontsize=SMALL, color=muted)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(colors=muted, labelsize=SMALL, length=0)

@@ -503,7 +503,7 @@ def test_a_short_run_beside_a_long_one_keeps_its_own_means_and_range(tmp_path):
         write(tmp_path / name, rows, {"steps": steps})
     both = runs.read([tmp_path / "long", tmp_path / "short"])
     axes, _, texts = drawn(by_file(both)["reward"], both)
-    assert axes.get_xlabel() == "step (means of 9 and 1 values)"
+    assert axes.get_xlabel() == "step (means of 9 values)"
     assert texts == ["long: steps 1 to 240", "short: steps 1 to 20"]
     short = axes.lines[-1]
     assert short.get_ydata().tolist() == [i**2 for i in range(1, 21)]  # no mean over nine

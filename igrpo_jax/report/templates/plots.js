@@ -134,8 +134,8 @@ function legend(plot, peak) {
   const notes = [];
   if (plot.panel.limit !== null) notes.push(`limit ${number(plot.panel.limit)}`);
   if (peak !== null) notes.push(`peak ${number(peak)}`);
-  const over = [...new Set(plot.series.map((curve) => curve.over))];
-  if (over.some((values) => values > 1)) notes.push(`lines are means of ${over.join(" and ")} values`);
+  const over = [...new Set(plot.series.map((curve) => curve.over))].filter((values) => values > 1);
+  if (over.length) notes.push(`lines are means of ${over.join(" and ")} values`);
   plot.back.hidden = plot.range === null;
   plot.legend.replaceChildren(...(entries.length > 1 ? entries : []), node("span", { className: "muted" }, notes.join(" · ")), plot.back);
 }
