@@ -26,7 +26,7 @@ def build(footprint: Footprint, progress: Progress) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         pending = []
         for program, beside, shape in wanted:
-            name = _name(program, shape)
+            name = program.title(*shape)
             part = ProgramFootprint(program, name, program.cost(*shape), beside)
             footprint.programs.append(part)
             if program.is_ready(*shape):
@@ -57,11 +57,6 @@ def _waiting_bytes(footprint: Footprint) -> dict[Program, int]:
         sampler.prefill: resident,
         sampler.decode: resident,
     }
-
-
-def _name(program: Program, shape: tuple) -> str:
-    """Returns a readable name of a compiled program, such as "rescore 4096" or "decode 32 x 89"."""
-    return " ".join([program.name, " x ".join(map(str, shape))]).strip()
 
 
 def _compile(part: ProgramFootprint, lowered: jax.stages.Lowered, progress: Progress) -> None:

@@ -137,8 +137,8 @@ class Program:
             return self.jitted.lower(*self._arguments(*shape))
 
     def title(self, *shape: Hashable) -> str:
-        """Returns the name with the shape, such as "decode 64 256"."""
-        return " ".join(map(str, (self.name, *shape)))
+        """Returns the name with the shape, such as "prefill 2048" or "decode 64 x 256"."""
+        return f"{self.name} {' x '.join(map(str, shape))}".strip()
 
     @property
     def peak_bytes(self) -> int:

@@ -78,7 +78,7 @@ def running(program: str) -> None:
 
 
 def current() -> str:
-    """Returns where the main thread is: "rollout (step 12), dispatch, last program decode 64 256"; "" in no phase."""
+    """Returns where the main thread is: "rollout (step 12), dispatch, last program decode 64 x 256"; "" in no phase."""
     phases = ", ".join(map(str, _phases))
     return f"{phases}, last program {_program}" if phases and _program else phases
 

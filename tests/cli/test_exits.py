@@ -43,19 +43,19 @@ def test_without_pytorch_transformers_gives_no_advice_and_still_warns(first):
     [
         (
             "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore",
-            "out of device memory in update (step 3), last program accumulate 8 64 4 32: lower "
+            "out of device memory in update (step 3), last program accumulate 8192: lower "
             "learner.tokens_per_microbatch or learner.logprob_chunk",
         ),
         (
             "INTERNAL: the compiler gave up\nmore",
-            "JAX failed in update (step 3), last program accumulate 8 64 4 32: INTERNAL: the compiler gave up",
+            "JAX failed in update (step 3), last program accumulate 8192: INTERNAL: the compiler gave up",
         ),
     ],
 )
 def test_what_jax_raises_is_named_with_its_phase_and_shapes(monkeypatch, capsys, text, words):
     def command(_):
         with watchdog.watching(config.WatchdogConfig()), watchdog.phase("update", "step 3"):
-            watchdog.running("accumulate 8 64 4 32")
+            watchdog.running("accumulate 8192")
             raise jax.errors.JaxRuntimeError(text)
 
     with pytest.raises(SystemExit) as stop:

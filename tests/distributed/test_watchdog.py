@@ -89,7 +89,7 @@ def test_an_error_leaves_its_phase_to_be_named():
 
 def test_the_last_program_is_named_within_a_phase():
     with watchdog.watching(BUDGETS):
-        watchdog.running("decode 64 256")
+        watchdog.running("decode 64 x 256")
         assert watchdog.current() == ""
         with watchdog.phase("rollout", "step 1"):
-            assert watchdog.current() == "rollout (step 1), last program decode 64 256"
+            assert watchdog.current() == "rollout (step 1), last program decode 64 x 256"

@@ -270,12 +270,12 @@ def test_a_program_that_is_waited_for_is_named_once_of_its_kind(monkeypatch):
     with console.Console(out) as plain:
         with plain.waiting("harvest"):
             pass
-        for program in ("decode 16 128", "prefill 64", "decode 16 256"):
+        for program in ("decode 16 x 128", "prefill 64", "decode 16 x 256"):
             with plain.waiting(program):
                 time.sleep(0.3)
-    assert out.getvalue().splitlines() == ["compiling decode 16 128 ...", "compiling prefill 64 ..."]
+    assert out.getvalue().splitlines() == ["compiling decode 16 x 128 ...", "compiling prefill 64 ..."]
     shown, _ = on_terminal(monkeypatch, width=100)
     with shown:
-        with shown.waiting("decode 16 128"):
+        with shown.waiting("decode 16 x 128"):
             (line,) = drawn(shown)
-        assert line.startswith("compiling decode 16 128") and drawn(shown) in ([], [""])
+        assert line.startswith("compiling decode 16 x 128") and drawn(shown) in ([], [""])

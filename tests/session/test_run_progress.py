@@ -6,9 +6,9 @@ from igrpo_jax.session.progress import Progress
 def test_of_programs_of_a_kind_the_first_is_named_once():
     progress = Progress()
     assert progress.first_of_their_kind([]) == []
-    compiled = ["decode 16 128", "apply", "decode 16 256"]
-    assert sorted(progress.first_of_their_kind(compiled)) == ["apply", "decode 16 128"]
-    assert progress.first_of_their_kind(["decode 8 128", "harvest"]) == ["harvest"]
+    compiled = ["decode 16 x 128", "apply", "decode 16 x 256"]
+    assert sorted(progress.first_of_their_kind(compiled)) == ["apply", "decode 16 x 128"]
+    assert progress.first_of_their_kind(["decode 8 x 128", "harvest"]) == ["harvest"]
 
 
 def test_a_checkpoint_of_an_older_version_holds_more_and_is_read():
