@@ -421,8 +421,8 @@ class JudgeConfig:
     # Number of requests to the judge that are in flight at once.
     concurrency: Annotated[int, AtLeast(1)] = 16
     # Largest number of requests to the judge in a step, retries included; completions beyond it have no verdict. A run
-    # is refused where more than rewards.max_error_fraction of a step's completions could be without one. 0 for no
-    # limit.
+    # is refused where more than rewards.max_error_fraction of a step's completions could be without one. Several teams
+    # of processes share it by their prompts, each share rounded up. 0 for no limit.
     budget: Annotated[int, AtLeast(0)] = 0
     # File of the judge's verdicts, shared by the runs of a machine that name it, or by way of a bucket; empty for
     # WORKDIR/judge.sqlite. Of several processes, each but the first has its own file next to it, NAME.process-N.

@@ -42,7 +42,7 @@ def answers_of(address: str, source: str) -> dict[str, tuple[Draft, ...]]:
     for file in files:
         for _, row in readers.read(str(file), source):
             if _is_single_shot(row):
-                answers.setdefault(row["prompt"].strip(), []).append(Draft(row["text"], _is_right(row)))
+                answers.setdefault(row["prompt"].strip(), []).append(Draft(row["text"], is_right(row)))
     if not answers:
         raise InputError(
             f"{source}: holds no answers; give the --workdir of a run, an evaluation or a probe, or one of their files "
@@ -70,7 +70,10 @@ def _is_single_shot(row: dict[str, Any]) -> bool:
     return row.get("drafts") == []
 
 
-def _is_right(row: dict[str, Any]) -> bool | None:
-    """Returns the verdict on an answer; None without an accuracy reward, and where no verdict came."""
+def is_right(row: dict[str, Any]) -> bool | None:
+    """Returns the verdict on a recorded answer; None without an accuracy reward, and where no verdict came.
+
+    An answer without a verdict may have an accuracy, as where the judge did not reply.
+    """
     accuracy = row["accuracy"] if "accuracy" in row else (row.get("rewards") or {}).get("accuracy")
     return None if accuracy is None or row.get("status") in FAILED else accuracy >= 1

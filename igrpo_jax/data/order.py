@@ -31,9 +31,9 @@ def step_indices(step: int, per_step: int, count: int, seed: int) -> list[int]:
 def steps_of_epochs(epochs: float, per_step: int, count: int) -> int:
     """Returns how many whole rollouts `epochs` passes over `count` rows have, at least 1.
 
-    The decimals of `epochs` count as they are written: 0.29 passes over 100 rows are 29 rows, and 28.999... in floats.
+    What counts is the simple fraction next to `epochs`: 0.29 passes over 100 rows are 29 rows, and 28.999... in floats.
     """
-    return max(1, int(Fraction(str(epochs)) * count / per_step))
+    return max(1, int(Fraction(epochs).limit_denominator(10**6) * count / per_step))
 
 
 def redraw_indices(step: int, redraw: int, per_step: int, count: int, seed: int) -> list[int]:

@@ -128,7 +128,7 @@ def _differences(
 def _row(cells: Sequence[str]) -> str:
     """Returns a row of a Markdown table; what the data hold is one line without escapes in it."""
     # Each by itself: an escape sequence that does not end would take the rest of the table with it.
-    return "| " + " | ".join(one_line(plain_text(cell)).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(plain_text(cell).replace("\n", " ").replace("|", "\\|") for cell in cells) + " |"
 
 
 def _only(own: Problems, other: Problems) -> str:

@@ -29,6 +29,8 @@ class Summaries:
         self._verifier = verifier
         # Classes of equal answers, kept by the answers so that a repeated vote has the same result.
         self._known_classes: dict[tuple[str | None, ...], list[int]] = {}
+        # Problem, path and answers of the votes by which this process samples.
+        self._sampled_votes: set[tuple[Any, ...]] = set()
 
     def chosen(
         self, prompts: Sequence[Prompt], rows: Rows, chain: str, number: int, sampled: int = 0
@@ -50,10 +52,16 @@ class Summaries:
             best = right
             if chain != "oracle":
                 best = [measures.vote(classes) or 0 for classes in self._classes(drafts)]
-                if sampled:
+                votes = [
+                    (prompt.index, path, *(row["extracted"] for row in some))
+                    for prompt, path, some in zip(prompts, paths, drafts, strict=True)
+                ]
+                if not sampled:
+                    self._sampled_votes |= set(votes)
+                else:
                     best = [
-                        _shown(rows, prompt.index, path, vote, oracle, sampled)
-                        for prompt, path, vote, oracle in zip(prompts, paths, best, right, strict=True)
+                        choice if vote in self._sampled_votes else _shown(rows, vote[0], path, choice, oracle, sampled)
+                        for vote, path, choice, oracle in zip(votes, paths, best, right, strict=True)
                     ]
             paths = [(*path, draft) for path, draft in zip(paths, best, strict=True)]
         return paths

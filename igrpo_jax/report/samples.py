@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from igrpo_jax.data.drafts import is_right
 from igrpo_jax.outputs.metrics import copy_ratio
 from igrpo_jax.report.runs import RecordedRun, counted, number, whole_rows
-from igrpo_jax.rewards.failures import FAILED
 
 Row = dict[str, Any]
 
@@ -110,15 +110,6 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
         else:
             prompts.append([row])
     return prompts
-
-
-def is_right(row: Row) -> bool | None:
-    """Returns whether the answer of a sample is right; None without an accuracy reward, and without a verdict.
-
-    A sample without a verdict may have an accuracy, as where the judge did not reply.
-    """
-    accuracy = row["rewards"].get("accuracy")
-    return None if accuracy is None or row.get("status") in FAILED else accuracy >= 1
 
 
 def _is_sample(row: Row) -> bool:

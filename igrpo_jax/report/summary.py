@@ -204,6 +204,8 @@ def _changes(run: RecordedRun, trained: str, spans: dict[str, Span]) -> list[Cha
         first, last = _ends(curve, curve.steps.tolist(), 1) if is_shot else _ends(curve, run.steps, width)
         if math.isnan(first + last):
             continue
+        if is_shot and (pair := spans[shots[name]].pair) is not None:
+            first, last = pair.first, pair.second
         tone = "" if not role or first == last else "good" if last > first else "bad"
         if is_shot and spans[shots[name]].obstacle:
             tone = ""

@@ -24,9 +24,17 @@ def test_steps_are_slices_of_the_epochs_laid_end_to_end():
 
 @pytest.mark.parametrize(
     ("epochs", "per_step", "count", "steps"),
-    [(0.29, 1, 100, 29), (1.15, 1, 100, 115), (1.0, 3, 7, 2), (3, 32, 7473, 700), (1e-5, 4, 100, 1), (0.5, 4, 15, 1)],
+    [
+        (0.29, 1, 100, 29),
+        (1.15, 1, 100, 115),
+        (1.0, 3, 7, 2),
+        (3, 32, 7473, 700),
+        (1e-5, 4, 100, 1),
+        (0.5, 4, 15, 1),
+        (1 / 3, 1, 300, 100),
+    ],
 )
-def test_the_steps_of_epochs_are_those_of_their_decimals(epochs, per_step, count, steps):
+def test_the_steps_of_epochs_are_those_of_simple_fractions(epochs, per_step, count, steps):
     assert order.steps_of_epochs(epochs, per_step, count) == steps
 
 

@@ -368,6 +368,21 @@ def test_a_summary_follows_the_draft_that_was_shown(right, oracle):
     assert found.chosen([prompt], rows, "vote", 1) == [(0,)]  # what is still to be sampled
 
 
+def test_a_summary_does_not_follow_what_an_evaluation_with_fewer_drafts_showed():
+    """Of drafts a and b the first was shown; of a, b, r, r the vote is r, and so is the oracle's."""
+    c = settings(evaluation__samples=1, evaluation__rounds=1, evaluation__drafts=4)
+    prompt = Prompt("p", 4, "q", "r", np.zeros(1, np.int32))
+    rows = results.Rows(None, "small")
+    row = {"index": 4, "token_count": 1, "finished": True, "status": "ok"}
+    for path in ((), (0,), (2,)):
+        for i, answer in enumerate("abrr"[: 4 if not path else 1]):
+            answered = {"drafts": list(path), "sample_id": i, "extracted": answer, "accuracy": float(answer == "r")}
+            rows.add(row | answered)
+    found = summaries.Summaries(c, SimpleNamespace(prompts={"small": [prompt]}), TextVerifier())
+    assert found.chosen([prompt], rows, "vote", 1) == [(2,)]
+    assert found.chosen([prompt], rows, "vote", 1, sampled=1) == [(2,)]
+
+
 @pytest.mark.slow
 def test_the_draft_is_in_the_prompt_as_it_was_sampled(evaluator, params, monkeypatch):
     made = evaluator(evaluation__rounds=1)

@@ -322,7 +322,7 @@ def test_evaluations_of_other_settings_or_problems_are_not_compared(tmp_path):
     assert found.conclusion.answer == "Learning" and "from 25.0% (step 0) to 75.0% (step 10): +50.0 points" in b
     assert c.endswith("are not comparable: no problem is in both")
     assert "from 0.0% (step 0) to 66.7%" in d and "10 in one evaluation only" not in d and "20 in one" in d
-    assert [change.tone for change in found.changes] == ["good", "", "bad"]
+    assert [change.tone for change in found.changes] == ["good", "", "good"]
 
 
 def test_changes_compare_means_of_both_ends(tmp_path):
