@@ -30,6 +30,13 @@ class Score:
         """Whether the answer is right: its accuracy is 1. False without an accuracy reward and without a verdict."""
         return not math.isnan(self.reward) and self.rewards.get("accuracy", 0.0) >= 1.0
 
+    def of(self, name: str) -> float:
+        """Returns what one reward function gave; NaN if it does not apply, and without a verdict.
+
+        A completion without a verdict may have some rewards, such as its accuracy where the judge did not reply.
+        """
+        return math.nan if math.isnan(self.reward) else self.rewards.get(name, math.nan)
+
 
 # "ok": graded. "unparseable": no answer was found, which is a verdict like any other. The others have no verdict.
 # "timeout" and "error": the grading was killed or raised. "invalid": nothing said how good it is, such as when a judge

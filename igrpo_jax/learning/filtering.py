@@ -40,6 +40,4 @@ def rewards_after_filtering(group: Group, config: Config) -> np.ndarray:
 def value(completion: Completion, metric: str) -> float:
     """Returns one of a completion's rewards, or "reward", their weighted sum; NaN without a verdict."""
     score = completion.score
-    if metric == "reward" or np.isnan(score.reward):
-        return score.reward
-    return score.rewards.get(metric, np.nan)
+    return score.reward if metric == "reward" else score.of(metric)

@@ -84,22 +84,13 @@ def _completion_metrics(groups: Sequence[Group], config: Config, changes: Sequen
         "completions/clipped_ratio": np.mean([not completion.finished for completion in completions]),
     }
     for name in sorted({name for completion in completions for name in completion.score.rewards}):
-        metrics[f"rewards/{name}/mean"] = _mean(_of_verdicts(completions, name))
+        metrics[f"rewards/{name}/mean"] = _mean([completion.score.of(name) for completion in completions])
     for name in config.rewards.custom_names:
-        metrics[f"rewards/{name}/std"] = _std(_of_verdicts(completions, name))
+        metrics[f"rewards/{name}/std"] = _std([completion.score.of(name) for completion in completions])
     for name in sorted({name for completion in completions for name in completion.score.logged}):
         values = [value for completion in completions for value in completion.score.logged.get(name, [])]
         metrics[f"custom/{name}"] = _mean(values)
     return metrics
-
-
-def _of_verdicts(completions: Sequence[Completion], name: str) -> list[float]:
-    """Returns one reward of each completion that has a verdict; NaN where it does not apply.
-
-    A completion without a verdict may have some rewards, such as its accuracy where the judge did not reply.
-    """
-    scores = [completion.score for completion in completions]
-    return [score.rewards.get(name, math.nan) for score in scores if not math.isnan(score.reward)]
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
@@ -133,7 +124,7 @@ def _draft_metrics(drafts: list[tuple[Completion, ...]], with_accuracy: bool) ->
         "draft/entropy": sum(draft.entropy for draft in every) / max(sum(len(draft.tokens) for draft in every), 1),
     }
     if with_accuracy:
-        metrics["draft/accuracy"] = _mean(_of_verdicts(every, "accuracy"))
+        metrics["draft/accuracy"] = _mean([draft.score.of("accuracy") for draft in every])
         graded = [[draft.score for draft in group if not np.isnan(draft.score.reward)] for group in drafts]
         solved = [float(np.mean([score.is_right for score in scores])) for scores in graded if scores]
         metrics["draft/solved_none"] = _mean([fraction == 0 for fraction in solved])
