@@ -16,7 +16,7 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would otherwise look for a TPU
 os.environ.setdefault("XLA_FLAGS", devices.flags(8))
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes of tests share a GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes of tests share a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a download
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
 # PyTorch's and numpy's threads, which wait for each other on so small arrays, take three times as long as one thread.
@@ -30,14 +30,15 @@ PROGRAMS = pytest.StashKey[str]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Two processes, each with whole files, where pytest-xdist is installed and nothing else is asked for.
+    """Several processes, each with whole files, where pytest-xdist is installed and nothing else is asked for.
 
-    One process, for example with a debugger: pytest -n 0.
+    One more than there are cores: of two processes on two cores a third of the time is waiting, for subprocesses, time
+    limits and disks. Each holds gigabytes, so there are no more than four. One, for a debugger: pytest -n 0.
     """
     options = config.option
     is_worker = hasattr(config, "workerinput")
     if config.pluginmanager.hasplugin("xdist") and options.numprocesses is None and not (is_worker or options.usepdb):
-        options.numprocesses = 2
+        options.numprocesses = min(4, (os.cpu_count() or 1) + 1)
         options.dist = "loadfile"
         options.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
 
@@ -45,7 +46,7 @@ def pytest_cmdline_main(config):
 def pytest_collection_modifyitems(config, items):
     """Leaves proofs out where `-m` does not ask for them, and puts the slowest files first.
 
-    At the end, one of these alone would leave the other process idle. A slow test counts as 3 seconds, or as what its
+    At the end, one of these alone would leave the other processes idle. A slow test counts as 3 seconds, or as what its
     marker says: slow(seconds=60).
     """
     if "proof" not in config.option.markexpr:
