@@ -447,6 +447,7 @@ def test_a_command_that_does_not_exist_names_the_nearest(capsys, monkeypatch):
     assert capsys.readouterr().err == "igrpo_jax: error: evalute: no such command; the nearest is evaluate\n"
 
 
+@pytest.mark.slow
 def test_the_module_of_training_names_the_command_that_trains():
     start = [sys.executable, "-m", "igrpo_jax.train", "--config", "configs/tiny_cpu.py"]
     done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -95,6 +95,7 @@ def test_more_steps_and_another_base_are_noticed(settings, tmp_path, capsys):
     assert f"config.model.path = '{folder}': the weights differ" in message
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_counted_across_a_resume(settings, tmp_path, monkeypatch):
     settings = replace(settings, learner=replace(settings.learner, max_nonfinite_steps=3))
     update, killed_in = Learner.update, 2

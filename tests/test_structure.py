@@ -179,6 +179,7 @@ def test_there_are_no_cycles():
     assert graph == {}
 
 
+@pytest.mark.slow
 def test_where_jax_is_not_imported():
     for module in FILES:
         if module in WITHOUT_JAX or module.endswith("__init__"):

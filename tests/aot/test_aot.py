@@ -258,6 +258,7 @@ def test_a_group_of_two_hosts_is_one_team_of_neighbours(name, spread):
     assert teams.team_mesh(whole, team).size == 8
 
 
+@pytest.mark.slow
 def test_a_team_that_is_a_part_of_the_slice(monkeypatch):
     """libtpu aborts the process where it gets the chips of a team as a part of a larger slice."""
     made = footprint.prepare(whole_runs.settings(**SETTINGS), aot.topology("v5e:4x4"))

@@ -279,6 +279,7 @@ def test_all_processes_compute_as_many_keys(evaluator, params, monkeypatch):
     assert sorted(keys) == [0, 1]
 
 
+@pytest.mark.slow
 def test_more_samples_keep_the_first_ones(evaluator, params, tmp_path):
     whole = evaluator().run(params, tmp_path / "whole")
     evaluator(evaluation__samples=2).run(params, tmp_path / "more")

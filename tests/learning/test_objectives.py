@@ -390,6 +390,7 @@ PACKED_SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [pytest.param(name, marks=() if name == "all" else pytest.mark.proof) for name in PACKED_SETTINGS]
 )

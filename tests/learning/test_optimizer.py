@@ -146,6 +146,7 @@ def test_weight_decay_is_decoupled_and_spares_biases_and_norms(name):
         np.testing.assert_allclose(plain[path] - decayed[path], factor * x, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_state_lies_beside_its_parameters_and_a_sharded_step_is_the_single_one(name, tmp_path):
     """Moments have their parameter's sharding, means of rows and columns that of the axis that is left. A checkpoint

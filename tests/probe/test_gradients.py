@@ -129,6 +129,7 @@ def test_units_by_hand(learner):
     assert of_kinds(equal, learner[0].objective, 18) == {kind: [] for kind in KINDS}
 
 
+@pytest.mark.slow
 def test_the_same_objective_has_the_cosine_one_and_no_reliance(learner, tmp_path):
     """q' is q, and refinements are the plain answers. A second start reads what is there."""
     cases = [problem(index, {True: None}, kept=[True] * G) for index in range(gradients.FEW + 1)]

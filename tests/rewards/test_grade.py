@@ -191,6 +191,7 @@ def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(["in.jsonl", "log", *"pld"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.proof)]
 )

@@ -364,6 +364,7 @@ def calls():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "command", "said"),
     [

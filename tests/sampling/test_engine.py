@@ -324,6 +324,7 @@ def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
     assert pages(weights) == 5  # the least with which a run can begin
 
 
+@pytest.mark.slow
 def test_pages_fill_what_the_compiler_leaves(tiny):
     """Of all programs together with a page more would not fit; nothing is compiled where memory is no bound."""
     sizes = {"slots": 32, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}

@@ -230,6 +230,7 @@ def test_first_weights_that_a_killed_launch_left_are_replaced(kind, request, tmp
     assert all(np.array_equal(read[path], value) for path, value in launches[1].items())
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_and_damaged_ones_set_aside(folder, bucket):
     settings = config_lib.CheckpointConfig(every=1, keep=2)
     saved = state()

@@ -2817,6 +2817,7 @@ def test_nothing_escapes_from_sympy(text):
     symbolic.equal(text, "1")
 
 
+@pytest.mark.slow
 def test_no_verdict_depends_on_the_order():
     rng = random.Random(0)
     pairs = [*SAME, *DIFFERENT, *((rng.choice(SAME)[0], rng.choice(SAME)[1]) for _ in range(300))]
