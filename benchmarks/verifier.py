@@ -299,10 +299,11 @@ def hostile_function(kind: str) -> str:
 
 def measure_deadlines(workers: int, timeout: float) -> dict:
     """Measures seconds from start to result of each hostile function; ordinary ones afterwards must succeed."""
+    from igrpo_jax.config import RewardsConfig
     from igrpo_jax.rewards.pool import Pool
 
     seconds: dict[str, list[float]] = {"hang": [], "memory": [], "exit": []}
-    with Pool(hostile_function, workers, timeout) as pool:
+    with Pool(hostile_function, workers, timeout, memory_gib=RewardsConfig().memory_gib) as pool:
         for _ in range(3):
             for kind in seconds:
                 pool.submit("warm").result()

@@ -49,7 +49,7 @@ class BuiltinModelConfig:
     """Shape of the small decoder that is used where `model.path` is empty."""
 
     # Width of the built-in model's residual stream.
-    hidden_size: int = 128
+    hidden_size: Annotated[int, AtLeast(1)] = 128
     # Number of the built-in model's layers, each of which is an attention and an MLP.
     num_layers: Annotated[int, AtLeast(1)] = 4
     # Number of the built-in model's query heads, each hidden_size / num_heads wide.
@@ -57,9 +57,9 @@ class BuiltinModelConfig:
     # Number of the built-in model's key and value heads, which its query heads share.
     num_kv_heads: Annotated[int, AtLeast(1)] = 2
     # Width of the built-in model's MLP.
-    intermediate_size: int = 384
+    intermediate_size: Annotated[int, AtLeast(1)] = 384
     # Context of the built-in model in tokens: prompt, draft and completion together.
-    max_position_embeddings: int = 1024
+    max_position_embeddings: Annotated[int, AtLeast(1)] = 1024
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class WarmStartConfig:
     # Number of examples in a step of the warm start.
     batch_size: Annotated[int, AtLeast(1)] = 32
     # Peak learning rate of the warm start, reached after a tenth of its steps; a cosine then takes it to 0.
-    learning_rate: float = 1.5e-3
+    learning_rate: Annotated[float, AtLeast(0)] = 1.5e-3
     # Probability that the teacher writes a random result for a step of its solution, or a wrong one for a look-up.
     error_rate: Annotated[float, Between(0, 1)] = 0.2
     # Fraction of the examples of the warm start that show a draft in the prompt.
@@ -462,6 +462,9 @@ class RewardsConfig:
     # Time that one grading may take before its worker is killed, in seconds. One call of the custom reward may take
     # this time for each of its completions.
     timeout: Seconds = 5.0
+    # Address space that each verifier process may use, in GiB; a grading that needs more fails. A reward of your own
+    # that imports PyTorch or loads a model may need more.
+    memory_gib: Annotated[float, AtLeast(1)] = 4.0
     # Fraction of a step's gradings that may fail or time out before the run stops.
     max_error_fraction: Annotated[float, Between(0, 1)] = 0.5
 
@@ -744,7 +747,7 @@ MAY_CHANGE_ON_RESUME = (
         "learner.logprob_chunk",
     ),
     *("learner.remat", "learner.attention", "learner.offload_reference"),
-    *("rewards.workers", "rewards.timeout", "rewards.max_error_fraction"),
+    *("rewards.workers", "rewards.timeout", "rewards.memory_gib", "rewards.max_error_fraction"),
     *(
         f"rewards.judge.{name}"
         for name in ("base_url", "api_key_env", "timeout", "max_retries", "concurrency", "budget")

@@ -89,6 +89,11 @@ def refused(tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_a_flag_that_takes_the_place_of_a_value(refused):
+    said = refused("--config.data.instruction", "--config.steps=3")
+    assert said.endswith("--config.data.instruction: has no value; give it as --config.data.instruction=VALUE\n")
+
+
 def test_unknown_fields_and_flags(refused):
     assert "config.rollout.slot: no such field; the nearest is config.rollout.slots" in refused("rollout.slot=3")
     assert "--wrkdir: no such flag; the nearest is --workdir\n" in refused("--wrkdir=x")
@@ -130,6 +135,7 @@ def test_values_of_another_type(refused, override, words):
         ("rollout.streamed=false", "rollout.streamed", False),
         ("data.template_kwargs={'x': 1}", "data.template_kwargs", {"x": 1}),
         ("data.instruction=a=b\nc", "data.instruction", "a=b\nc"),
+        ("data.instruction=--- a", "data.instruction", "--- a"),
         ("steps=3 --config.steps=5", "steps", 5),  # the last one counts
         ("algorithm.epsilon_high 0.28", "algorithm.epsilon_high", 0.28),
     ],

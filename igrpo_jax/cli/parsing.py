@@ -194,8 +194,10 @@ def _settings(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         path, text = match.groups()
         check_field(path)
-        text = next(rest, None) if text is None else text
-        if text is None or text.startswith("--"):
+        if text is None:
+            following = next(rest, "--")
+            text = None if following.startswith("--") else following
+        if text is None:
             raise InputError(f"--config.{path}: has no value; give it as --config.{path}=VALUE")
         settings[path] = value_of_text(path, text)
     return others, settings

@@ -224,12 +224,16 @@ class CustomCalls:
 
 
 def rehearse(
-    rewards: Sequence[CustomReward], batches: Sequence[Sequence[Candidate]], timeout: float
+    rewards: Sequence[CustomReward],
+    batches: Sequence[Sequence[Candidate]],
+    timeout: float,
+    memory_gib: float | None = None,
 ) -> list[list[list[float]]]:
     """Calls every function with every batch in its own worker, as a run does.
 
     Args:
         timeout: seconds that a function may take for each completion of a batch.
+        memory_gib: address space that the worker may use, in GiB; None = no limit.
 
     Returns:
         The values by function, batch and completion; NaN if a function gave None.
@@ -240,7 +244,7 @@ def rehearse(
     _warn_of_hidden(rewards, batches)
     preload = tuple(reward.module for reward in rewards)
     with (
-        Pool(functions.call, workers=1, timeout=timeout, preload=preload) as pool,
+        Pool(functions.call, workers=1, timeout=timeout, preload=preload, memory_gib=memory_gib) as pool,
         # Closed first, so that calls in progress when a function fails are neither repeated nor warned about.
         contextlib.closing(CustomCalls(rewards, pool.submit, timeout, rehearses=True)) as calls,
     ):
@@ -276,6 +280,8 @@ _TAKES_LISTS = re.compile(
 )
 
 
+# What Python, and the loader of its extensions, say where the address space of a process is used up.
+_WANTS_MEMORY = re.compile(r"MemoryError|[Cc]annot allocate memory|failed to map segment")
 _UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
 
 
@@ -284,6 +290,8 @@ def _rehearsed(reward: CustomReward, candidate: Candidate, outcome: Outcome) -> 
         return outcome.value.value
     detail = " ".join(outcome.detail.removeprefix(f"{reward.path}: ").split())
     fix = "; raise config.rewards.timeout, or make it faster" if outcome.status == "timeout" else ""
+    if _WANTS_MEMORY.search(detail):
+        fix = "; if it needs more memory than config.rewards.memory_gib, raise that"
     if _TAKES_LISTS.search(detail) if reward.conversational else _TAKES_TEXTS.search(detail):
         wanted = "texts" if reward.conversational else "chat messages"
         fix = f"; set config.rewards.conversational = {not reward.conversational} if it expects {wanted}"

@@ -37,7 +37,6 @@ from igrpo_jax.rewards import worker_start
 from igrpo_jax.rewards.main_guard import check_main
 
 MAX_TASKS = 10_000  # items after which a worker is replaced, against slow leaks in what it runs
-MEMORY_BYTES = 4 << 30  # address space of one worker; an item that wants more ends in MemoryError
 ATTEMPTS = 3  # times an item is sent at most, where its worker is killed or the pool itself breaks
 _ORPHAN_GRACE = 10.0  # seconds past the deadline after which a worker that nobody killed ends itself
 
@@ -71,6 +70,8 @@ class Pool:
             about 0.2 s after that, or 0.7 s if it ignores SIGTERM.
         preload: what a worker imports before its first item: names of modules, or of functions without arguments as
             "module:function", which it calls then.
+        max_tasks: items after which a worker is replaced.
+        memory_gib: address space of a worker in GiB; an item that wants more ends in MemoryError. None = no limit.
 
     Raises:
         InputError: as `check_main`.
@@ -83,7 +84,7 @@ class Pool:
         timeout: float,
         preload: tuple[str, ...] = (),
         max_tasks: int = MAX_TASKS,
-        memory_bytes: int = MEMORY_BYTES,
+        memory_gib: float | None = None,
     ):
         check_main()
         # Between SIGTERM and SIGKILL pebble checks no other deadline; its default of 3 s would delay the others.
@@ -94,7 +95,7 @@ class Pool:
             "max_workers": workers,
             "max_tasks": max_tasks,
             "initializer": worker_start.begin,
-            "initargs": (memory_bytes, preload, dict(os.environ)),
+            "initargs": (memory_gib, preload, dict(os.environ)),
             "context": worker_start.context(),
         }
         self._lock = threading.RLock()

@@ -114,7 +114,8 @@ class Verifier:
             cache = verdicts.of_process(verdicts.named(settings.judge) or cache, process)
             self._judge = Judge(settings.judge, cache)
         modules = (__name__, f"{grader.__name__}:{grader.warm_up.__name__}", *(reward.module for reward in rewards))
-        self._pool = Pool(_call, settings.workers, settings.timeout, preload=modules)
+        memory = settings.memory_gib
+        self._pool = Pool(_call, settings.workers, settings.timeout, preload=modules, memory_gib=memory)
         call = functools.partial(self._pool.submit, functions.call)
         self._custom = CustomCalls(rewards, call, settings.timeout, max_steps) if rewards else None
 

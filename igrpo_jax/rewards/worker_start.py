@@ -88,15 +88,18 @@ def without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def begin(memory_bytes: int, preload: tuple[str, ...], environment: dict[str, str]) -> None:
+def begin(memory_gib: float | None, preload: tuple[str, ...], environment: dict[str, str]) -> None:
     """Prepares a new worker, before it asks for an item.
 
     Args:
+        memory_gib: address space that it may use, in GiB; None = no limit.
         environment: environment of the parent, which may have changed since the server was started.
     """
     os.environ.clear()
     os.environ.update(environment | BLANK)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    if memory_gib is not None:
+        most = int(memory_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # A worker that is killed while it holds the lock keeps it. After twice this time the others end too, and the pool
     # is replaced; with pebble's 60 s nothing would be graded for two minutes.

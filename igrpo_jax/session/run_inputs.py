@@ -148,7 +148,8 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
                 for number, text in enumerate(texts)
             ]
         )
-    values = custom.rehearse(rewards, batches, config.rewards.timeout * max(1, config.algorithm.num_generations // 2))
+    timeout = config.rewards.timeout * max(1, config.algorithm.num_generations // 2)
+    values = custom.rehearse(rewards, batches, timeout, config.rewards.memory_gib)
     notes = []
     for reward, by_problem in zip(rewards, values, strict=True):
         texts = [f"{right:g} for a right answer, {wrong:g} for a wrong one" for right, wrong in by_problem]

@@ -445,6 +445,10 @@ def sleeps(completions, **columns):
     time.sleep(1000)
 
 
+def large(completions, **columns):
+    return [float(len(bytearray(3 << 30)))] * len(completions)
+
+
 def nan_then_sleeps(prompts, completions, **columns):
     return sleeps(completions) if prompts[0] == "skip" else [math.nan] * len(completions)
 
@@ -468,6 +472,11 @@ def test_a_rehearsal_returns_the_values_by_function_problem_and_completion():
         ("wants_reference", 10.0, r"TypeError: .*'reference' \(in wants_reference, .*, line \d+; .* columns answer\)$"),
         ("not_finite", 10.0, "returned nan; return None to skip a completion$"),
         ("sleeps", 0.5, r"no result within 0.5 s; raise config\.rewards\.timeout, or make it faster$"),
+        (
+            "large",
+            10.0,
+            r"MemoryError: .*; if it needs more memory than config\.rewards\.memory_gib, raise that$",
+        ),
     ],
 )
 def test_a_rehearsal_refuses_a_function_that_fails(name, timeout, words):
@@ -476,7 +485,7 @@ def test_a_rehearsal_refuses_a_function_that_fails(name, timeout, words):
     with pytest.raises(
         InputError, match=rf"^config\.rewards\.functions = '{path}': fails on .* 'What is it\?': {words}"
     ):
-        rehearse(rewards, PROBLEMS, timeout)
+        rehearse(rewards, PROBLEMS, timeout, memory_gib=2.0)
 
 
 def of_messages(completions, **columns):

@@ -83,7 +83,7 @@ class _NeedsTwo(Exception):
 
 @pytest.fixture(scope="module")
 def pool():
-    with Pool(work, workers=2, timeout=TIMEOUT, preload=("wave",)) as pool:
+    with Pool(work, workers=2, timeout=TIMEOUT, preload=("wave",), memory_gib=4.0) as pool:
         yield pool
 
 
