@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import re
 
-from igrpo_jax.rewards.mathematics import leaves, letters, names, regions, spoken, words
+from igrpo_jax.rewards.mathematics import leaves, letters, names, plus_minus, regions, spoken, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.nodes import Choice, Leaf, Matrix, Named, Node, Region, Relation, Sequence, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, split, tokenize
@@ -137,7 +137,7 @@ def _renamed(tokens: list[Token], parameter: str) -> list[Token]:
 
 def _items(parts: list[list[Token]], nested: int, from_text: bool = False) -> list[Node]:
     """Reads the elements of a list; one with ± has several readings."""
-    return [_read_unlisted(reading, nested, from_text) for part in parts for reading in _signs(part)]
+    return [_read_unlisted(reading, nested, from_text) for part in parts for reading in plus_minus.readings(part)]
 
 
 def _systems(tokens: list[Token], nested: int) -> list[Node]:
@@ -149,25 +149,6 @@ def _systems(tokens: list[Token], nested: int) -> list[Node]:
             return []
         groups.append(Sequence(latex(group), "list", tuple(items)))
     return groups if len({len(group.items) for group in groups}) == 1 else []
-
-
-def _signs(tokens: list[Token]) -> list[list[Token]]:
-    """Returns the readings of ± outside of sets. Each ± has its own sign; with a ∓, all ± agree and ∓ is opposite."""
-    if not any(token.text in ("pm", "mp") for token in tokens):
-        return [tokens]
-    depths = itertools.accumulate(token.is_in(("\\{",)) - token.is_in(("\\}",)) for token in tokens)
-    signs_at = [not depth and token.kind == "command" for token, depth in zip(tokens, depths, strict=True)]
-    positions = [at for at, token in enumerate(tokens) if signs_at[at] and token.text in ("pm", "mp")]
-    if not positions or len(positions) > 3:
-        return [tokens]
-    tied = any(tokens[at].text == "mp" for at in positions)
-    readings = []
-    for minuses in itertools.product((False, True), repeat=1 if tied else len(positions)):
-        reading = list(tokens)
-        for at, minus in zip(positions, itertools.cycle(minuses), strict=False):
-            reading[at] = tokens[at]._replace(kind="mark", text="+-"[minus ^ (tokens[at].text == "mp")])
-        readings.append(reading)
-    return readings
 
 
 def _choice(tokens: list[Token], nested: int) -> Node | None:
@@ -331,6 +312,8 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
         hopeless = True
     if names.is_name(left, right):
         explained = 0 if _has_symbols(right) else sum(1 for _ in itertools.takewhile(_has_symbols, sides[1:-1]))
+        if any(map(leaves.ends_in_next_name, sides[1 : 1 + explained])):
+            return Leaf(text, None, hopeless=True)  # x = 1 y = 2
         rest = tokens[sum(len(side) + 1 for side in sides[: 1 + explained]) :]  # A = bh/2 = 6 says that A = 6
         renamed = names.with_argument_x(left, rest)
         alias = Named(text, latex(renamed[0]), _read_unlisted(renamed[1], nested + 1), None) if renamed else None

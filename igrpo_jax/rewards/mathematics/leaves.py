@@ -1,5 +1,6 @@
 """Answers that hold no other answers: an expression with its unit, words, digits in a base, a ratio."""
 
+import itertools
 import math
 import re
 from fractions import Fraction
@@ -112,6 +113,21 @@ def with_symbol(tokens: list[Token]) -> Node | None:
 def symbols(node: Node) -> set[str] | None:
     """Returns the symbols of an expression, None if the node is not an expression with a value."""
     return node.value.symbols() if isinstance(node, Leaf) and node.value is not None else None
+
+
+def ends_in_next_name(side: list[Token]) -> bool:
+    """Returns whether a side of an equation is a number and, behind a blank, a name, as the 1 y of x = 1 y = 2.
+
+    It may be a product as well, but then the blank is not needed, unlike that of 2\\pi r or of \\frac12 b h.
+    """
+    depths = itertools.accumulate(token.opens - token.closes for token in side)
+    outside = [at for at, depth in enumerate(depths) if not depth and side[at].kind == "letters" and at]
+    at = next((at for at in reversed(outside) if not side[at - 1].is_in(("_", "^"))), 0)
+    before = side[at - 1]
+    is_behind_value = before.kind == "number" or before.closes or before.is_in(("!", "|", "circ"))
+    if not at or not side[at].spaced or not is_behind_value:
+        return False
+    return names.is_single(side[at:]) and symbols(leaf(side[:at])) == set()
 
 
 def agree(a: Leaf, b: Leaf) -> bool:

@@ -96,12 +96,26 @@ _TEXT_SIGN = re.compile(rf"{_TEXT}(\\?%|\^\\circ)\s*\}}")  # 25\text{\%}
 _RAISED_O = re.compile(rf"(?<=[\d}}])\s*\^\s*(?:o(?![A-Za-z])|\{{\s*o\s*\}}|\{{?\s*{_TEXT}o\s*\}}\s*\}}?)")  # 45^o
 _TIMES = re.compile(r"(?<=\d)\s*(?:[xX]|\\text\s*\{\s*[xX]\s*\})\s*(?=10\s*\^)")  # 4.5 x 10^33
 
+# Equations side by side: "x = 1 \quad y = 2", or one a line.
+_GAP = re.compile(r"(?:\\q?quad(?![A-Za-z])|\n)(?:\s|\\[,;:! ]|\\q?quad(?![A-Za-z]))*")
+_ENDED = re.compile(r"[\w)}\]%!'|$]$")
+_UNENDED = re.compile(
+    r"(?:\b(?:and|or|so|if|for|where|when|with|then|because)\s*\}?|\\(?:land|lor|implies|iff|to|[A-Za-z]*arrow)"
+    r"|\\begin\s*\{\w+\*?\}(?:\{[^{}]*\})?)\s*$"
+)
+_NAMED = re.compile(
+    r"[$\s]*(?:\\angle\s*)?(?:\\text\w*\s*\{[^{}]{1,40}\}|\\?[A-Za-z]{1,20})\s*(?:_\s*(?:\w|\{[^{}]{1,20}\}))?'*"
+    r"(?:\([^()=]{1,20}\))?\s*=(?!=)"
+)
+
 
 def normal(source: str) -> str:
     """Returns the text in ASCII (letters and money of other scripts aside), with one spelling of macros."""
     if not source.isascii():
         source = _ascii(source)
     source = _SEPARATED.sub(SEPARATOR, source)
+    if source.count("=") > 1:
+        source = _listed(source)
     if ".." in source:
         source = _DOTS.sub(r"\\ldots ", source)
     if "{.}" in source or "{:}" in source:
@@ -135,6 +149,18 @@ def _unaligned(match: re.Match) -> str:
     """Returns the rows of an aligned environment as a list; a row that begins with = continues the one before."""
     rows = re.sub(r"(\\\\|\\&)|&", r"\1 ", match[2]).strip().removesuffix("\\\\")
     return _ROWS.sub(lambda row: " " if row[1] else ", ", rows)
+
+
+def _listed(source: str) -> str:
+    r"""Returns equations that \quad or the end of a line separates as a list: "x = 1 \quad y = 2" as "x = 1, y = 2"."""
+    pieces, at, is_behind_equation = [], 0, False
+    for gap in _GAP.finditer(source):
+        before = source[at : gap.start()].rstrip()
+        is_behind_equation |= "=" in before
+        is_next = is_behind_equation and _ENDED.search(before[-1:]) and _NAMED.match(source, gap.end())
+        pieces += [before, ", "] if is_next and not _UNENDED.search(before[-60:]) else [source[at : gap.end()]]
+        at = gap.end()
+    return "".join(pieces) + source[at:]
 
 
 def _prefixed(match: re.Match) -> str:

@@ -18,6 +18,20 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # equations side by side, and chains of equations
+    (r"x = 1 \quad y = 2", "(1,2)"),
+    (r"b = 2 \qquad a = 1", "(1,2)"),
+    ("a = 2\nb = 7", "(2,7)"),
+    (r"x = 1 \quad x = 2", "1, 2"),
+    (r"x_1 = 3 \quad x_2 = 4", "3, 4"),
+    (r"x = 1 \quad\text{ or }\quad x = 2", "1, 2"),
+    (r"x = 1;\quad y = 2", "(1,2)"),
+    (r"x = 1 + \sqrt{2} \quad y = 1 - \sqrt{2}", r"(1+\sqrt2,1-\sqrt{2})"),
+    (r"A = \frac{bh}{2} \quad = 6", "6"),
+    (r"A = \frac{1}{2} b h = 6", "6"),
+    (r"A = \frac{1}{2} d_1 d_2 = 6", "6"),
+    (r"C = 2 \pi r = 10\pi", r"10\pi"),
+    ("x = 2y = 6", "6"),
     # rounded integers, and what is no rounded numeral: the value alone
     (r"e^{10}", r"e^{10} \approx 22000"),
     ("22000", r"e^{10} \approx 22000"),
@@ -1403,6 +1417,22 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # equations side by side
+    *(
+        (answer, gold)
+        for gap in (" ", r" \; ", "~", r" \hspace{1cm} ", r" \text{ } ", r" \quad ", r"\qquad", "\n", r" \\ ")
+        for answer in (f"x = 3{gap}y = 7", f"AB = 3{gap}CD = 7", f"x_1 = \\frac12{gap}x_2 = 7", f"f(1)=3!{gap}f(2)=7")
+        for gold in ("3", "7", "y = 7")
+    ),
+    (r"x = 1 \quad x = 2", "2"),
+    ("a = 1 b = 2 c = 3", "3"),
+    (r"b = 2 \quad a = 1", "(2,1)"),
+    (r"\angle A = 30 \quad \angle B = 40", "40"),
+    (r"x = 1 \quad\text{ or }\quad x = 2", "2"),
+    (r"x = 1 + \sqrt{2} y = 1 - \sqrt{2}", r"1-\sqrt{2}"),
+    ("x = |3| y = 7", "7"),
+    (r"x = 30^\circ y = 7", "7"),
+    (r"f(x) = 2x+1 \quad g(x) = x", "x"),
     # values at a point; capitals are no arguments
     ("P(A)=1/2", "P(B)=1/2"),
     ("P(A) = 0.5, P(B) = 0.3", "P(A) = 0.3, P(B) = 0.5"),
@@ -2850,6 +2880,10 @@ def test_lists_are_unordered_and_tuples_are_not(numbers, rng):
 
 
 SLOW = [
+    r"x=1\quad ",
+    "x=1\n",
+    "x=1 y",
+    r"\quad ",
     r"\frac",
     r"{\frac",
     r"{a\over",
