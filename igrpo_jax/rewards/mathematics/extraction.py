@@ -26,7 +26,10 @@ _PHRASE = re.compile(
     re.IGNORECASE,
 )
 _IN_DOLLARS = r"((?:\\.|[^$\\])*)"  # a price in a formula is \$18
-_FORMULA = re.compile(rf"(?<!\\)\$\${_IN_DOLLARS}\$\$|(?<!\\)\${_IN_DOLLARS}\$|\\\(([^$]*?)\\\)|\\\[([^$]*?)\\\]")
+# The second $ before a digit is that of a price, as in "$18. She sells 9 eggs at $2 each", and ends no formula.
+_FORMULA = re.compile(
+    rf"(?<!\\)\$\${_IN_DOLLARS}\$\$|(?<!\\)\${_IN_DOLLARS}\$(?!\.?\d)|\\\(([^$]*?)\\\)|\\\[([^$]*?)\\\]"
+)
 _MATH = re.compile(rf"\s*(?:\*\*)?\s*(?:{_FORMULA.pattern})")
 _LISTING = re.compile(r"(?:[\s,.*]|and\b|or\b)*")
 # A formula is the answer where these words alone stand before it and its part of the sentence ends behind it. Other
@@ -255,7 +258,7 @@ def _clause(text: str) -> str:
     first = _MATH.match(text)
     start = first.end() if first else 0
     clause = text[:start] + _CLAUSE.split(text[start:], maxsplit=1)[0]
-    if not first:
+    if not first and not text.startswith("$"):
         clause = _IS.split(clause)[-1]  # "The largest n is 34"
     formula = _FORMULA.search(clause)
     if formula is None:

@@ -50,6 +50,21 @@ EXTRACTED = [
     (r"The answer is $\$1{,}234$, as shown.", r"\$1{,}234"),
     (r"<answer>The answer is $\$18$.</answer>", r"\$18"),
     (r"The answer is $\$1$ or $\$2$.", r"$\$1$ or $\$2$"),
+    # a bare price, and a later one
+    ("The answer is $18. She sells 9 eggs at $2 each.", "$18"),
+    ("Answer: $18\nEach egg costs $2.", "$18"),
+    ("The final answer is $18.\n\nLet me verify: 9 * $2 = $18.", "$18"),
+    ("**Answer:** $18\n\n- price: $2", "$18"),
+    ("The answer is **$18**. Each costs $.50.", "$18"),
+    ("The answer is $1,800. He pays $900 twice.", "$1,800"),
+    ("The answer is $18 million. He paid $2.", "$18 million"),
+    ("The answer is $18 or $20.", "$18 or $20"),
+    ("The answer is $18 and $2.", "$18 and $2"),
+    ("The answer is $10 more than $8.", "$10 more than $8"),
+    ("The answer is at least $18. He has $20.", "at least $18"),
+    ("The answer is $18 + $2 = $20.", "$18 + $2 = $20"),
+    ("The answer is $18 (that is $9 each).", "$18 (that is $9 each)"),
+    ("The answer is $5$. It costs $6 and $7.", "5"),
     # blocks that hold a sentence; tags that are doubled or empty
     ("<answer>The total is 18.</answer>", "18"),
     (r"<answer>Thus, $x = 18$.</answer>", "x = 18"),
@@ -239,7 +254,7 @@ HOSTILE = [
         "$",
         "\\",
     ),
-    *("the answer is $", r"\boxed ", "answer:\n", r"\(", "**", "#### ", "#### 1\n", "####:", "answer\n"),
+    *("the answer is $", "the answer is $1 ", "$1 ", "$$1", r"\boxed ", "answer:\n", r"\(", "**", "#### ", "#### 1\n", "####:", "answer\n"),
     *("the answer is correct ", "indeed ", r"\text{Answer: } ", r"\boxed{Answer: 1}"),
 ]
 
