@@ -49,9 +49,11 @@ _DENIED = re.compile(
 )
 _PART_OF_SENTENCE = re.compile(r"[^.!?,;:\n]*$")
 _LIST = re.compile(r"[\s*]*1[.)]\s+[A-Z]")  # "Answer:", and then a numbered list
+_REMARK = "it|but|because|since|so|which|as|the|this|that|we|not"
+# A dash ends a clause before these words alone: before others it may be a minus, or that of "5 – 10".
 _CLAUSE = re.compile(
     r"[.!?;]?\s+(?:because|since|so|which|as|for|where|when|therefore)\b"
-    r"|,\s+(?:it|but|because|since|so|which|as|the|this|that|we|not)\b|[.!?](?:\s|$)|\n"
+    rf"|,\s+(?:{_REMARK})\b|(?:\s–\s|\s?—\s?)\s{{0,4}}(?:{_REMARK}|all|for|where|when)\b|[.!?](?:\s|$)|\n"
 )
 # "B. Alina or C. Ben": the end of the first sentence is not the end of what is stated.
 _TWO_CHOICES = re.compile(r"\(?[A-J][).:]\s[^\n]{1,200}?(?:\b(?:or|and)|,)\s+\(?[A-J][).:]\s[^\n]{0,200}")
