@@ -9,6 +9,7 @@ separates. 1\,234 and 1{,}234, whose comma is a SEPARATOR, are one number too, a
 tokens mean. Takes linear time.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Set
 from typing import NamedTuple
@@ -109,10 +110,12 @@ def tokenize(source: str) -> list[Token]:
 
 
 def _joined(tokens: list[Token]) -> list[Token]:
-    """Joins `<` and `=`, turns the words "and" and "or" into marks and the word "in" into a command."""
+    """Joins `<` and `=`, turns the words "and" and "or" into marks and "in" before a set into a command."""
     result: list[Token] = []
-    for token in tokens:
+    counts = False  # whether a number is in this part of a list
+    for token, following in itertools.zip_longest(tokens, tokens[1:]):
         last = result[-1] if result else None
+        counts = not token.is_in((",", ";", *_AND_OR)) and (counts or token.kind == "number")
         is_word = token.kind == "text" or (token.kind == "letters" and token.spaced)
         word = token.text.strip(" ,.").casefold() if is_word else ""
         if token.kind == "text" and not token.text.strip(" ,.;:"):
@@ -123,7 +126,7 @@ def _joined(tokens: list[Token]) -> list[Token]:
         elif token.is_in(_LOGICAL) and any(other.is_in(_RELATIONS) for other in tokens):
             result.append(token._replace(kind="mark", text=_LOGICAL[token.text]))
         elif word == "in" and token.kind == "letters":
-            result.append(token._replace(kind="command"))
+            result.append(token._replace(kind="text" if counts and _is_word(following) else "command"))
         elif last and last.kind == token.kind == "mark" and not token.spaced and last.text + token.text in _DIGRAPHS:
             result[-1] = last._replace(kind="command", text=_DIGRAPHS[last.text + token.text])
         else:
@@ -131,6 +134,11 @@ def _joined(tokens: list[Token]) -> list[Token]:
     if result and result[-1].kind == "command" and tokens[-1].kind == "letters":
         result[-1] = tokens[-1]  # the unit in 5 in
     return result
+
+
+def _is_word(token: Token | None) -> bool:
+    """Returns whether a token is a word behind "in", as in "5 apples in total", and no set, as in "x in R"."""
+    return token is not None and (token.kind == "text" or (token.kind == "letters" and not token.text.isupper()))
 
 
 def _scanned(source: str) -> list[Token]:

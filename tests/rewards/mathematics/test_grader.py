@@ -18,6 +18,20 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # the word "in"
+    ("16 hours in total", "16"),
+    ("16 hours in total", "16 hours"),
+    ("16 in total", "16"),
+    ("24 people in the room", "24"),
+    ("5 apples in all", "5"),
+    ("5 wins in a row", "5"),
+    ("x = 16 in total", "16"),
+    ("5 dozen in total", "60"),
+    ("101 in base two", "101_2"),
+    ("5 in", r"5 \text{ inches}"),
+    ("x in [0,1]", "[0,1]"),
+    ("x in {1,2}", r"\{1,2\}"),
+    ("x in reals", r"\mathbb{R}"),
     # equations side by side, and chains of equations
     (r"x = 1 \quad y = 2", "(1,2)"),
     (r"b = 2 \qquad a = 1", "(1,2)"),
@@ -1417,6 +1431,35 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # the word "in"
+    *(
+        (answer, answer.split()[0])
+        for answer in (
+            "1 in 4",
+            "1 in four",
+            "1 in a million",
+            "9 in ten",
+            "2 in every 3",
+            "2 people in every three",
+            "2 people in every hundred",
+            "5 apples in 3 boxes",
+            "5 apples in half the boxes",
+            "5 hundred in total",
+            "5 more in total or less",
+            "5 dozen in total",
+            "5 in R",
+            "5 in (0, 6)",
+            "5 in a row",
+            "101 in base 2",
+            "7 in binary",
+            "16 not in total",
+            "16 hours in total or more",
+            "16 hours in total, 5 left",
+        )
+    ),
+    ("16 hours in total", "15"),
+    ("16 hours in total", "16 days"),
+    ("2x in [0,1]", "[0,1]"),
     # equations side by side
     *(
         (answer, gold)
