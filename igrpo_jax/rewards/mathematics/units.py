@@ -131,7 +131,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
     counts, last = False, None
     for match in _WORDS.finditer(text):
         word, folded = match[0], match[0].casefold()
-        if folded in ("/", "per", "a", "an"):
+        if folded in ("/", "per", "a", "an") and word != "A":
             sign = -outer
         elif word in ("(", "{", ")", "}"):
             outer = sign = sign if word in "({" else 1
@@ -152,7 +152,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
             scale *= unit[0] ** exponent
             powers.update({base: power * exponent for base, power in unit[1].items()})
             last, sign, modifier, counts = (*unit, sign), outer, 1, True
-        elif folded in BLOCKED or match[3] or folded.endswith(("illionth", "illionths")):
+        elif folded in BLOCKED or match[3] or "illionth" in folded or (len(word) == 1 and sign < 0):  # A/B
             return None
         else:
             plural = folded.endswith("s") and not folded.endswith(("ss", "us", "is")) and len(folded) > 2

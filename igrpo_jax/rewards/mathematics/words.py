@@ -161,10 +161,12 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
     """Returns whether a unit may begin at a token: \\text, a word, %, a fraction of units, or °C."""
     token = tokens[at]
     word = token.text.strip()
+    # Without an argument behind it, sec is a second and no secant.
+    is_function = word.casefold() in FUNCTIONS and not (at == len(tokens) - 1 and units.known(word))
     if token.kind == "text":
-        return (len(word) > 1 or word in units.SYMBOLS) and word.casefold() not in FUNCTIONS
+        return (len(word) > 1 or word in units.SYMBOLS) and not is_function
     if token.kind == "letters":
-        if word.casefold() in FUNCTIONS or word in GREEK or word == "infty":
+        if is_function or word in GREEK or word == "infty":
             return False
         if len(word) == 1:
             return token.spaced and (word == "a" or bool(_QUOTIENT.fullmatch("".join(t.text for t in tokens[at:]))))

@@ -18,6 +18,18 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # seconds and amperes
+    (r"36\text{ sec}", "36"),
+    (r"36\,\mathrm{sec}", r"36\text{ seconds}"),
+    ("36 sec.", "36"),
+    (r"36\text{ sec}", r"0.6\text{ min}"),
+    (r"x = 36\text{ sec}", "36"),
+    (r"36\text{ sec}\,x", r"36\sec x"),
+    (r"2.5\text{ A}", "2.5"),
+    (r"2.5\text{ A}", r"2500\text{ mA}"),
+    (r"2.5\text{ A}", r"2.5 \text{ C/s}"),
+    ("2.5 A", "2.5 amps"),
+    (r"2.5 \text{ V/A}", "2.5"),
     # the word "in"
     ("16 hours in total", "16"),
     ("16 hours in total", "16 hours"),
@@ -1431,6 +1443,23 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # seconds and secants, amperes and articles
+    (r"36\text{ sec}", "37"),
+    (r"36\text{ sec}", r"36\text{ min}"),
+    (r"36\text{ sec}\,x", "36"),
+    ("36 sec x", "36"),
+    ("36 sec", r"36\sec x"),
+    (r"36\operatorname{sec}\theta", "36"),
+    (r"\text{sec}36", "36"),
+    (r"36\text{ sec or more}", "36"),
+    (r"3\text{ sin}", "3"),
+    (r"2.5\text{ A}", r"2.5\text{ V}"),
+    (r"2.5 \text{ V/A}", r"2.5\text{ V}"),
+    (r"2.5\text{ A}", r"2.5\text{ mA}"),
+    (r"2.5\text{ a}", "2.5"),
+    ("2.5A", r"2.5\text{ A}"),
+    (r"5\text{ A}", "A"),
+    (r"5\text{ or A}", "5"),
     # the word "in"
     *(
         (answer, answer.split()[0])

@@ -33,6 +33,8 @@ from igrpo_jax.rewards.mathematics import units
         ("degrees C", "celsius", 1),
         ("degree Fahrenheit", "fahrenheit", 1),
         ("p.m.", "pm", 1),
+        ("A", "A", 1),
+        ("V/A", "A-1 V", 1),
         ("dollars", "cent", 100),
         ("a day", "s-1", Fraction(1, 86400)),
         ("dollars an hour", "cent s-1", Fraction(1, 36)),
@@ -61,7 +63,7 @@ CHANGING = (
     "with remainder two|cannot|at least|minimum|k|bn|grand|score|gross|repeating|mod 7|choose two|"
     "to the fourth|doubled|inverse|fails|is wrong|tens|per thousand|degrees below zero|fewer apples|"
     "apples or more|pairs squared in hex|of n|May|minutes past three|nothing|meters doubled|cm 3 inches|x|"
-    "apples 3|sixes|too many|off|short|cubes minus one|dollars less|each|the|"
+    "m/x|V/B|apples 3|sixes|too many|off|short|cubes minus one|dollars less|each|the|"
 )
 
 
