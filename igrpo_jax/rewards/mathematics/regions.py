@@ -16,6 +16,8 @@ EVERYTHING = ((None, False, None, False),)
 def inequality(text: str, difference: Value | None, sign: str) -> Node:
     """Returns `difference` < 0, ≤ 0 or ≠ 0 as a Region where it is linear in its only symbol, else as a Relation."""
     relation = Relation(text, sign, difference)
+    if sign == "<" and (name := _bounded_by_infinity(difference)):
+        return Region(text, name, EVERYTHING)
     names = difference.symbols() if difference is not None else ()
     if len(names) != 1 or difference.denominator is not exact.UNIT:
         return relation
@@ -38,6 +40,17 @@ def inequality(text: str, difference: Value | None, sign: str) -> Node:
     below, above = (None, False, bound, sign == "leq"), (bound, sign == "leq", None, False)
     pieces = (below, above) if sign == "ne" else (below if steepness.real > 0 else above,)
     return Region(text, name, pieces)
+
+
+def _bounded_by_infinity(difference: Value | None) -> str:
+    """Returns the x of x - ∞ and -∞ - x, of which an inequality says nothing; "" for any other difference."""
+    names = difference.symbols() - {"∞"} if difference is not None else set()
+    if len(names) != 1:
+        return ""
+    (name,) = names
+    infinite, symbol = Value.symbol("∞"), Value.symbol(name)
+    says_nothing = any(exact.same(difference, end - infinite) is True for end in (symbol, -symbol))
+    return name if says_nothing else ""
 
 
 def _within(text: str, difference: Value, sign: str, name: exact.Atom) -> Region | None:

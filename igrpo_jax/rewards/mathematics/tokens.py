@@ -66,6 +66,7 @@ _SAME_AS = {
         "backslash": "setminus",
         "varepsilon": "epsilon",
         "varphi": "phi",
+        **dict.fromkeys(("dots", "cdots", "dotsc", "dotsb", "dotso"), "ldots"),
     },
     **{"vee": "lor", "wedge": "land", "lnot": "neg", "mod": "bmod", "rightarrow": "to", "Rightarrow": "implies"},
 }

@@ -18,6 +18,20 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # dots
+    (r"1, 2, \dots, 10", r"1, 2, \ldots, 10"),
+    (r"1,2,\cdots,10", r"1, 2, \ldots, 10"),
+    (r"2,4,6,\dots", "2,4,6,..."),
+    (r"1+2+\cdots+n", r"1+2+\dots+n"),
+    # rays and the line as inequalities
+    (r"-\infty < x < \infty", r"(-\infty,\infty)"),
+    (r"-\infty < x < \infty", r"\mathbb{R}"),
+    (r"\infty > x > -\infty", r"x\in\mathbb{R}"),
+    (r"x < +\infty", r"\mathbb{R}"),
+    (r"-\infty < x < 5", r"(-\infty,5)"),
+    (r"-\infty < x \le 5", r"x \le 5"),
+    (r"0 \le x < \infty", r"[0,\infty)"),
+    (r"-\infty < x < 0 \text{ or } 1 < x < \infty", r"(-\infty,0)\cup(1,\infty)"),
     # seconds and amperes
     (r"36\text{ sec}", "36"),
     (r"36\,\mathrm{sec}", r"36\text{ seconds}"),
@@ -1443,6 +1457,31 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # dots
+    (r"2,4,6,\dots", "2,4,6"),
+    (r"1, 2, \dots, 10", "1,2,10"),
+    (r"1, 2, \dots, 10", r"1,2,\ldots,11"),
+    (r"5 + \cdots", "5"),
+    (r"5\dots", "5"),
+    (r"2\cdots 3", r"2\cdot 3"),
+    (r"0.333\dots", "0.333"),
+    (r"\vdots", r"\ldots"),
+    # rays and the line as inequalities
+    (r"-\infty < x < \infty", r"(0,\infty)"),
+    (r"-\infty < x < \infty", r"y\in\mathbb{R}"),
+    (r"-\infty \le x \le \infty", r"\mathbb{R}"),
+    (r"\infty < x < -\infty", r"\mathbb{R}"),
+    (r"x < -\infty", r"\mathbb{R}"),
+    (r"x > \infty", r"\mathbb{R}"),
+    (r"x \ne \infty", r"\mathbb{R}"),
+    (r"2x < \infty - x", r"\mathbb{R}"),
+    (r"x^2 < \infty", r"\mathbb{R}"),
+    (r"x + y < \infty", r"\mathbb{R}"),
+    (r"0 < x < \infty", r"[0,\infty)"),
+    (r"0 < x < \infty", r"(-\infty,\infty)"),
+    (r"0 < \infty", r"\mathbb{R}"),
+    (r"-\infty < 0 < \infty", r"\mathbb{R}"),
+    (r"-\infty < \infty", r"\mathbb{R}"),
     # seconds and secants, amperes and articles
     (r"36\text{ sec}", "37"),
     (r"36\text{ sec}", r"36\text{ min}"),

@@ -41,6 +41,8 @@ def described(region):
         (r"(-\infty,1) \cup (0,\infty)", "(inf, inf)"),
         (r"\mathbb{R} \setminus \{2, 1\}", "(inf, 1) (1, 2) (2, inf)"),
         ("x > 1 and x < 3 and x < 2", "(1, 2)"),
+        (r"-\infty < x < \infty", "(inf, inf)"),
+        (r"0 < x < \infty", "(0, inf)"),
     ],
 )
 def test_pieces(answer, expected):
