@@ -42,7 +42,8 @@ def _either(words: Iterable[str]) -> str:
     return f"(?:{'|'.join(sorted(words, key=len, reverse=True))})"
 
 
-_TRIGGER = re.compile(rf"(?<![\\A-Za-z]){_either([*NUMBER_WORDS, *OPERATION_WORDS, 'per cent'])}(?![A-Za-z])", re.I)
+_TRIGGERING = _either([*NUMBER_WORDS, *OPERATION_WORDS, "per cent"])
+_TRIGGER = re.compile(rf"(?<![\\A-Za-z]){_TRIGGERING}(?![A-Za-z]|-digit)", re.I)  # not that of "two-digit"
 _TEXT = re.compile(r"\\(?:text\w*|mbox|hbox|mathrm|mathbf|rm|bf)\s*\{([^{}]*)\}")
 _SPACES = re.compile(r"\\[,;:! ]|~")
 _HYPHENED = _either(NUMBER_WORDS | {"and", "a"})

@@ -55,10 +55,14 @@ past by wrong incorrect false impossible invalid extraneous rejected reject fail
 works gives yields lacks misses contradicts violates divides itself bc remains undefined unknown repeating recurring
 repeated off short late instead rather infinite infinity infinitely too so perhaps versus besides always over score
 gross grand lots ago first it this that these which there only excluding including north south east west ones twos
-threes fours fives sixes sevens eights nines st nd rd th backward backwards orders"""
+threes fours fives sixes sevens eights nines st nd rd th backward backwards magnitude magnitudes"""
 BLOCKED = frozenset(_CHANGING.split()) | NUMBER_WORDS | (OPERATION_WORDS - {"times"})  # these may change the number
 _PLURALS = "people children men women mice fish sheep geese teeth dice data vertices indices"
-_IRREGULAR = frozenset(_PLURALS.split())
+_IRREGULAR = tuple(_PLURALS.split())  # goldfish and grandchildren too
+# "5 more minutes", "12 positive integers": these say nothing before counted things. "5 negative degrees" may be -5.
+_MODIFIERS = frozenset(("more", "positive", "negative"))
+_PER = frozenset(("/", "per", "a", "an"))
+_OF_DIGITS = re.compile(rf"\b(?:\d+|{'|'.join(NUMBER_WORDS)})\s?-\s?digit\s+(?=[A-Za-z])", re.IGNORECASE)
 _POWERS = {"squared": 2, "cubed": 3, "square": 2, "sq": 2, "cubic": 3, "cu": 3}
 # A name that stands for several units is equal to each of them.
 _AMBIGUOUS = (("pound", "lb"), ("pound", "gbp"), ("degree", "celsius"), ("degree", "fahrenheit"))
@@ -123,15 +127,25 @@ def read(text: str, is_single: bool = False) -> Unit | None:
     """
     for pattern, name in _WRITTEN:
         text = pattern.sub(name, text)
-    text = _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text)))
+    text = _OF_DIGITS.sub(" ", _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text))))
     text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
+    first, *rest = text.split() or [""]
+    if first.casefold() not in _MODIFIERS:
+        return _counted(text, is_single)
+    following = rest[0].casefold() if rest else ""
+    is_refused = following in _MODIFIERS | _PER | {""} or (first.casefold() != "more" and known(following))
+    return None if is_refused else _counted(" ".join(rest), is_single)
+
+
+def _counted(text: str, is_single: bool) -> Unit | None:
+    """Returns the unit that words name, each of which says something; None as `read`."""
     powers: Counter[str] = Counter()  # of base units and nouns
     nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are not known units, above and below "per"
     scale, sign, outer, modifier = Fraction(1), 1, 1, 1
     counts, last = False, None
     for match in _WORDS.finditer(text):
         word, folded = match[0], match[0].casefold()
-        if folded in ("/", "per", "a", "an") and word != "A":
+        if folded in _PER and word != "A":
             sign = -outer
         elif word in ("(", "{", ")", "}"):
             outer = sign = sign if word in "({" else 1
@@ -157,7 +171,7 @@ def read(text: str, is_single: bool = False) -> Unit | None:
         else:
             plural = folded.endswith("s") and not folded.endswith(("ss", "us", "is")) and len(folded) > 2
             single = is_single and len(word) > 1 and not folded.endswith(("ed", "ing", "ly"))
-            counts |= sign == 1 and (plural or single or folded in _IRREGULAR)
+            counts |= sign == 1 and (plural or single or folded.endswith(_IRREGULAR))
             nouns[sign].append(folded.removesuffix("s"))
             last = None
     if nouns[1] and not any(power > 0 for power in powers.values()):  # behind a unit, nouns say only what is measured

@@ -18,6 +18,20 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # words before counted things
+    (r"75 \text{ more minutes}", "75"),
+    (r"75 \text{ more minutes}", r"1.25\text{ hours}"),
+    (r"1 \text{ more apple}", "1"),
+    (r"12 \text{ positive integers}", "12"),
+    (r"12 \text{ negative integers}", "12"),
+    ("9 positive divisors", "9"),
+    (r"90 \text{ two-digit numbers}", "90"),
+    ("90 two-digit numbers", "90"),
+    (r"90 \text{ 2-digit numbers}", "90"),
+    (r"210 \text{ orders}", "210"),
+    (r"4 \text{ goldfish}", "4"),
+    (r"58 \text{ grandchildren}", "58"),
+    (r"3 \text{ firemen}", "3"),
     # dots
     (r"1, 2, \dots, 10", r"1, 2, \ldots, 10"),
     (r"1,2,\cdots,10", r"1, 2, \ldots, 10"),
@@ -1457,6 +1471,44 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # words before counted things
+    *(
+        (rf"75 \text{{ {words}}}", "75")
+        for words in (
+            "more",
+            "more than a minute",
+            "more minutes than hours",
+            "more minutes or less",
+            "times more minutes",
+            "or more minutes",
+            "no more minutes",
+            "more more minutes",
+            "more per day",
+            "more dozens",
+            "more hundreds",
+            "more percent",
+            "fewer minutes",
+            "positive",
+            "negative",
+            "negative degrees",
+            "negative dollars",
+            "positive or negative integers",
+            "positive squared",
+            "positive halves",
+            "two-digit",
+            "two digit numbers",
+            "two-thirds",
+            "two-dozen eggs",
+            "orders of magnitude",
+            "orders of ten",
+            "dozen goldfish",
+        )
+    ),
+    (r"12 \text{ negative integers}", "-12"),
+    (r"90 - \text{two-digit numbers}", "90"),
+    ("90 2-digit numbers", "90"),
+    (r"\text{two-digit numbers}", "2"),
+    (r"4 \text{ goldfish}", r"4 \text{ starfish}"),
     # dots
     (r"2,4,6,\dots", "2,4,6"),
     (r"1, 2, \dots, 10", "1,2,10"),
@@ -2991,6 +3043,9 @@ def test_lists_are_unordered_and_tuples_are_not(numbers, rng):
 
 
 SLOW = [
+    "1 more ",
+    "more ",
+    "2-digit ",
     r"x=1\quad ",
     "x=1\n",
     "x=1 y",
