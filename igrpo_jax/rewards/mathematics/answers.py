@@ -122,7 +122,9 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
         region = regions.intersected(text, items)
     if {";", "and", "or"} & kinds and "," in kinds:
         items = _systems(tokens, nested) or items
-    return region or Sequence(text, "or" if kinds == {"or"} else "list", tuple(items))
+    several = region or Sequence(text, "or" if kinds == {"or"} else "list", tuple(items))
+    amount = leaves.compound(tokens) if kinds == {"and"} else None  # 1 hour and 30 minutes
+    return Choice(text, amount, several) if amount else several
 
 
 _INTEGERS = "\\in \\mathbb {Z}"

@@ -57,8 +57,34 @@ def congruence(tokens: list[Token], _: int) -> Node | None:
     return Words(latex(tokens), f"{latex(sides[0])} = {int(match[1]) % int(match[2])} mod {match[2]}")
 
 
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ([^\W\d_]+)(?:,? and)?[.,]?")
+
+
+def compound(tokens: list[Token]) -> Leaf | None:
+    """Reads 2 hours 30 minutes as 150 minutes. Returns None for anything else.
+
+    It is a whole number of each unit but the last, and less of each than one of the unit before.
+    """
+    starts = [at for at, token in enumerate(tokens) if token.kind == "number"]
+    if len(starts) < 2 or starts[0] or tokens[-1].kind not in ("letters", "text"):
+        return None
+    total, before = Fraction(0), units.NONE
+    for start, end in itertools.pairwise([*starts, len(tokens)]):
+        match = _AMOUNT.fullmatch(" ".join(" ".join(token.text for token in tokens[start:end]).split()))
+        unit = units.read(match[2]) if match and units.known(match[2]) else None
+        if not match or not unit or (before.name and (unit.name != before.name or total.denominator != 1)):
+            return None
+        number = Fraction(match[1])
+        if before.name and number * unit.scale >= before.scale:
+            return None
+        total, before = total * (before.scale / unit.scale) + number, unit
+    return Leaf(str(total), Value.number(total), before)
+
+
 def leaf(tokens: list[Token], from_text: bool = False) -> Node:
     """Reads an expression with its unit, or words where the text is prose."""
+    if amount := compound(tokens):
+        return amount
     text = latex(tokens)
     phrase = words.words_of(tokens, from_text)
     if phrase in words.REALS:

@@ -79,6 +79,12 @@ _LOOK = re.compile(
 _ALIGNED = re.compile(
     r"\\begin\s*\{((?:align|gather|equation|split)(?:ed)?\*?)\}(?:\[[a-z]\])?((?:(?!\\begin)[^\0])*?)\\end\s*\{\1\}"
 )
+# A system with a brace before it alone, which \right. or nothing closes.
+_SYSTEM = re.compile(
+    r"(?:\\left\s*)?\\(?:\{|lbrace(?![A-Za-z]))\s*\\begin\s*\{((?:align|gather|split)(?:ed)?\*?|array|matrix)\}"
+    r"(?:\[[a-z]\])?(?:\s*\{[lcr| ]*\})?((?:(?!\\begin)[^\0])*?)\\end\s*\{\1\}\s*(?:\\right\s*\.|$)"
+)
+_AT_SIGN = re.compile(r"&\s*(?=[=<>]|\\[lg]eq?(?![A-Za-z]))|(?<=[=<>])\s*&")
 _ROWS = re.compile(r"\\\\\s*(?=(=)?)")
 _INFIX = re.compile(r"\{((?:[^{}]|\{[^{}]*\})*)\\(over|choose)(?![A-Za-z])((?:[^{}]|\{[^{}]*\})*)\}")
 # An interval whose open ends are written with reversed brackets.
@@ -136,6 +142,7 @@ def normal(source: str) -> str:
         for pattern, replacement in _LOOKS if _LOOK.search(source) else ():
             source = pattern.sub(replacement, source)
         if "\\begin" in source:
+            source = _SYSTEM.sub(_as_cases, source)
             source = _ALIGNED.sub(_unaligned, source)
         if "\\over" in source or "\\choose" in source:
             for _ in range(3):  # levels of {a \over b} in {… \over …}
@@ -143,6 +150,11 @@ def normal(source: str) -> str:
     if "]" in source or "[" in source:
         source = _unreversed(source)
     return source
+
+
+def _as_cases(match: re.Match) -> str:
+    r"""Returns \left\{ \begin{array}{l}x=1\\y=2\end{array} \right. in the environment `cases`."""
+    return rf"\begin{{cases}}{_AT_SIGN.sub(' ', match[2])}\end{{cases}}"
 
 
 def _unaligned(match: re.Match) -> str:
