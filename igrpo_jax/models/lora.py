@@ -146,10 +146,12 @@ def lost_by(tree, dtype: str) -> float:
 @functools.cache
 def _squares(dtype: str, mesh: jax.sharding.Mesh) -> Callable[[Adapted], jax.Array]:
     """Returns the jitted function that gives the squared norms of an Adapted's rounding error and change, [2]."""
+    precision = jnp.finfo(dtype)
 
     def squares(x: Adapted) -> jax.Array:
         weight, merged = x.weight.astype(jnp.float32), x.merged().astype(jnp.float32)
-        error = merged.astype(dtype).astype(jnp.float32) - merged
+        # Of two conversions, there and back, XLA may make none.
+        error = jax.lax.reduce_precision(merged, precision.nexp, precision.nmant) - merged
         return jnp.stack([jnp.sum(error**2), jnp.sum((merged - weight) ** 2)])
 
     return jax.jit(squares, out_shardings=sharding.replicated(mesh))
