@@ -61,7 +61,8 @@ def choose(table: Table, prompt: str, answer: str, source: str, fix: str = FIX) 
     question_column, names = choose_prompt(table, prompt, source, fix), _names(table)
     if not answer and not any(name in names for name in ANSWERS) and _has_replies(table, question_column):
         return Mapping(question_column, question_column)
-    return Mapping(question_column, _column(names, answer, ANSWERS, source, fix.format("answer_column")))
+    fix = fix.format("answer_column")
+    return Mapping(question_column, _column(names, answer, ANSWERS, source, fix, other_than=question_column))
 
 
 def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str:
@@ -214,14 +215,23 @@ def _nested(columns: dict[str, Any]) -> Iterator[str]:
             yield from (f"{name}.{inner}" for inner in (*value, *_nested(value)))
 
 
-def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, fix: str) -> str:
-    """Returns the first of the wanted or known names that is among the columns; raises InputError without any."""
+def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, fix: str, other_than: str = "") -> str:
+    """Returns the first of the wanted or known names that is among the columns.
+
+    Args:
+        other_than: a column that holds something else, which the error does not suggest.
+
+    Raises:
+        InputError: no column has one of these names.
+    """
     for name in [wanted] if wanted else known:
         if name in names or ("+" in name and all(part in names for part in name.split("+"))):
             return name
-    folded = {name.casefold(): name for name in reversed(names)}
+    others = [name for name in names if name != other_than]
+    folded = {name.casefold(): name for name in reversed(others)}
     near = [folded[name.casefold()] for name in ([wanted] if wanted else known) if name.casefold() in folded]
-    near = near or difflib.get_close_matches(wanted or known[0], names, n=1, cutoff=0.0)
-    advice = f"its columns are {', '.join(names)}; the nearest is {near[0]!r}" if near else "it has none"
+    near = near or difflib.get_close_matches(wanted or known[0], others, n=1, cutoff=0.0)
+    advice = f"its columns are {', '.join(names)}" if names else "it has none"
+    advice += f"; the nearest is {near[0]!r}" if near else ""
     what = f"column {wanted!r}" if wanted else f"column {', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
     raise InputError(f"{source}: has no {what}; {advice} ({fix})")

@@ -89,9 +89,13 @@ class Batch:
             _give_up(row)
 
 
+# Of a completion whose batch was closed: sampling has ended before the others of its request were drawn.
+GIVEN_UP = Outcome("error", detail="the batch of this completion was closed before it was complete")
+
+
 def _give_up(row: _Row) -> None:
     for future in row.futures:
-        future.set_result(Outcome("error", detail="the batch of this completion was closed before it was complete"))
+        future.set_result(GIVEN_UP)
 
 
 class CustomCalls:

@@ -36,7 +36,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.records import STATUSES, Candidate, Score
 from igrpo_jax.rewards import endpoint, functions, verdicts
 from igrpo_jax.rewards import judge as judge_module
-from igrpo_jax.rewards.custom import Batch, CustomCalls
+from igrpo_jax.rewards.custom import GIVEN_UP, Batch, CustomCalls
 from igrpo_jax.rewards.functions import CustomReward
 from igrpo_jax.rewards.judge import Judge, Judgement
 from igrpo_jax.rewards.mathematics import grader
@@ -222,7 +222,7 @@ class Verifier:
 
     def _noticed(self, outcome: Outcome, failed: float = math.nan) -> Outcome:
         """Returns an outcome, and warns of a failure, whose rewards are `failed`."""
-        if outcome.status != "ok" and not self._is_closed:
+        if outcome.status != "ok" and outcome is not GIVEN_UP and not self._is_closed:
             counts = "is left out of means and advantages" if math.isnan(failed) else "counts as wrong"
             text = "verifier: a completion could not be graded and %s (%s): %s"
             logging.log_every_n(logging.WARNING, text, 100, counts, outcome.status, outcome.detail)

@@ -116,12 +116,11 @@ def _typed(setting: Setting, value: Any, path: str) -> Any:
     if value is None and setting.is_optional:
         return None
     wanted = setting.value_type
-    if wanted is float and type(value) is int:
-        value = float(value)
+    value = _number(wanted, value)
     if wanted is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if wanted is tuple and isinstance(value, (list, tuple)):
-        value = tuple(map(_of_python, value))
+        value = tuple(_number(setting.entry_type, _of_python(entry)) for entry in value)
         if not all(type(entry) is setting.entry_type for entry in value):
             raise refusal(path, value, f"each entry must be {KINDS[setting.entry_type]}{_otherwise(setting)}")
     if type(value) is not wanted:
@@ -132,6 +131,11 @@ def _typed(setting: Setting, value: Any, path: str) -> Any:
 def _of_python(value: Any) -> Any:
     """Returns a scalar of numpy as the number, text or truth value that it holds, and any other value as it is."""
     return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _number(wanted: type, value: Any) -> Any:
+    """Returns a whole number as a float where one is wanted, and any other value as it is."""
+    return float(value) if wanted is float and type(value) is int else value
 
 
 def _rewritten(setting: Setting, value: Any) -> str:

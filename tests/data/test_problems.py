@@ -236,6 +236,8 @@ def test_a_column_that_is_not_there(tmp_path):
     assert "its columns are Question, Answer; the nearest is 'Question'" in error_of(load, file, "", "")
     assert "the nearest is 'Answer'" in error_of(load, file, "Question", "")
     assert "the nearest is 'Question'" in error_of(load, file, "question", "")
+    file = write(tmp_path / "x.jsonl", [{"problem": "x", "expected": "1"}] * 2)  # not the column of the questions
+    assert "its columns are problem, expected; the nearest is 'expected'" in error_of(load, file, "", "")
 
 
 def test_blank_cells_are_counted_and_their_rows_named(tmp_path):

@@ -79,7 +79,9 @@ def test_what_rounding_loses_of_a_change(weights, changes, lost):
 def test_what_rounding_loses_of_a_matrix():
     """XLA makes other programs of matrices than of a few numbers, and may leave out conversions there."""
     rng, put = np.random.default_rng(0), lambda x: jax.device_put(x, sharding.replicated(one_device()))
-    weight, a, b = (rng.normal(0, scale, shape) for scale, shape in ((0.02, (96, 256)), (0.1, (96, 4)), (1e-4, (4, 256))))
+    weight, a, b = (
+        rng.normal(0, scale, shape) for scale, shape in ((0.02, (96, 256)), (0.1, (96, 4)), (1e-4, (4, 256)))
+    )
     base = lora.Adapted(*(put(x.astype(np.float32)) for x in (weight, a, b)), 8.0)
     merged = np.asarray(base.merged())
     error = merged.astype(jnp.bfloat16).astype(np.float32) - merged

@@ -359,6 +359,8 @@ def test_a_grading_that_fails_takes_the_custom_reward_with_it():
 @pytest.mark.slow
 def test_nothing_waits_after_an_early_end(monkeypatch):
     warned = []
+    monkeypatch.setattr(logging, "log_every_n", lambda level, text, n, *values: warned.append(text % values))
+    monkeypatch.setattr(logging, "warning", lambda text, *values: warned.append(text % values))
     with Verifier(settings("by_word", accuracy=1.0, timeout=60.0)) as verifier:
         given_up, left, called = Batch(3), Batch(2), Batch(2)
         dropped = [verifier.submit(Candidate("fine", "4", sample_id=i), given_up) for i in range(2)]
@@ -371,8 +373,6 @@ def test_nothing_waits_after_an_early_end(monkeypatch):
         running = [verifier.submit(Candidate("hang", "4", sample_id=i), called) for i in range(2)]
         classes = verifier.classes(["hang"] * 2)
         assert not waiting.done()
-        monkeypatch.setattr(logging, "log_every_n", lambda level, text, n, *values: warned.append(text % values))
-        monkeypatch.setattr(logging, "warning", lambda text, *values: warned.append(text % values))
     assert warned == [] and classes.result(timeout=1) == [0, 0]
     assert [future.result(timeout=1).status for future in (waiting, *running)] == ["error"] * 3
     after = [verifier.submit(Candidate("fine", "4"), batch) for batch in (Batch(1), Batch(2))]

@@ -18,7 +18,7 @@ def test_a_config_dict_comes_back_as_it_went():
     tree = to_config_dict(Outer())
     tree.named = {"x": "some text"}
     tree.limit = 5  # the type of a field that is None is known
-    tree.inner.fraction = 1  # a whole number passes as a float
+    tree.inner.fraction, tree.scales = 1, (1, 0.5)  # a whole number passes as a float
     read = from_config_dict(Outer, tree)
     assert read.named == {"x": "some text"} and type(read.named) is dict
     assert read.limit == 5 and type(read.inner.fraction) is float
