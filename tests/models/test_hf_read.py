@@ -356,7 +356,7 @@ def test_a_directory_that_is_not_there_or_empty(tmp_path):
 
 
 def test_a_hub_id_that_can_not_be_had(monkeypatch):
-    def offline(name, allow_patterns):
+    def offline(name, allow_patterns, **_):
         assert "*.safetensors" in allow_patterns
         assert not any("bin" in pattern for pattern in allow_patterns)
         raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot reach the hub\nand a second line")
@@ -367,9 +367,18 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch):
     assert "give a local directory" in message
 
 
-def test_a_hub_id_becomes_its_snapshot(monkeypatch, saved):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(saved))
+def test_a_hub_id_becomes_its_snapshot_of_the_files_at_its_top(monkeypatch, saved):
+    files = ["config.json", "model.safetensors", "merges.txt", "tokenizer.model", "README.md"]
+    files += ["checkpoint-500/model.safetensors", "original/tokenizer.model", "onnx/a/config.json"]
+    taken = []
+
+    def download(name, **patterns):
+        taken.extend(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hf_files.load_config("somebody/qwen2-tiny") == hf_files.load_config(str(saved))
+    assert taken == files[:4]
 
 
 def test_no_weights(copy):
