@@ -521,8 +521,21 @@ def cell(name):
     return next("".join(cell["source"]) for cell in book["cells"] if cell["id"] == name)
 
 
-@pytest.mark.parametrize("kind", ["zip", "gztar", "folder", "nothing"])
-def test_the_notebook_installs_a_copy_of_the_repository(tmp_path, monkeypatch, kind):
+def with_device(source, folder, name):
+    """The source of a cell, which sees one device in `folder` in place of those of this machine."""
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).touch()
+    assert "/dev/" in source
+    return source.replace("/dev/", f"{folder}/")
+
+
+DEVICES = {"accel0": True, "vfio/0": True, "vfio/vfio": False, "null": False}  # by whether they are a TPU
+
+
+@pytest.mark.parametrize(
+    ("kind", "device"), [*(("zip", name) for name in DEVICES), *((x, "null") for x in ("gztar", "folder", "nothing"))]
+)
+def test_the_notebook_installs_a_copy_of_the_repository(tmp_path, monkeypatch, kind, device):
     """From an archive with the repository's folder in it, or from the folder that the notebook is in."""
     copy = tmp_path / "source" / "igrpo-main"
     (copy / "igrpo_jax").mkdir(parents=True)
@@ -547,22 +560,21 @@ def test_the_notebook_installs_a_copy_of_the_repository(tmp_path, monkeypatch, k
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(subprocess, "Popen", Popen)
     with pytest.raises(RuntimeError, match="upload the repository's archive") if kind == "nothing" else nullcontext():
-        exec(cell("install-code"), {})
+        exec(with_device(cell("install-code"), tmp_path / "dev", device), {})
     if kind != "nothing":
         ((*pip, target),) = installed
         folder = Path(target.partition("[")[0])
-        assert pip == ["-m", "pip", "install", "-q"] and "report]" in target
+        assert pip == ["-m", "pip", "install", "-q"] and f"[{'tpu,' * DEVICES[device]}report]" in target
         assert folder.name == "igrpo-main" and (folder / "setup.py").exists()
 
 
-@pytest.mark.parametrize("has_tpu", [True, False])
-def test_the_settings_of_the_notebook_are_those_of_the_config_for_its_tpu(tmp_path, monkeypatch, has_tpu):
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_settings_of_the_notebook_are_those_of_the_config_for_its_tpu(tmp_path, device):
     first, _, source = cell("settings-code").partition("\n")
     assert first == "%%writefile colab_run.py"
-    (tmp_path / "colab_run.py").write_text(source)
-    monkeypatch.setattr(Path, "exists", lambda path: has_tpu)
+    (tmp_path / "colab_run.py").write_text(with_device(source, tmp_path / "dev", device))
     made = load_config(tmp_path / "colab_run.py")
-    assert (made == load_config(ROOT / "configs" / "colab_tpu.py")) == has_tpu
+    assert (made == load_config(ROOT / "configs" / "colab_tpu.py")) == DEVICES[device]
 
 
 def test_the_notebook_is_kept_without_outputs_and_names_settings_that_exist():

@@ -361,8 +361,9 @@ def test_a_request_that_is_over_is_replaced(cloud, state):
     assert cloud.verbs == ["request?", "delete", *RENEW, *LOOK]
 
 
-def test_a_preempted_slice_of_an_active_request_is_replaced(cloud):
-    cloud.answers(request=["0 ACTIVE"], slice=["0 PREEMPTED", "0 READY"], status=["0 0"])
+@pytest.mark.parametrize("state", ["0 PREEMPTED", "1 NOT_FOUND: no such resource"])
+def test_a_slice_that_an_active_request_has_lost_is_replaced(cloud, state):
+    cloud.answers(request=["0 ACTIVE"], slice=[state, "0 READY"], status=["0 0"])
     assert resume(cloud).returncode == 0
     assert cloud.verbs == ["request?", "slice?", "delete", *RENEW, *LOOK]
 
@@ -434,6 +435,12 @@ def test_restarts_are_bounded(cloud, code):
     done = resume(cloud, "--restarts", "2")
     assert done.returncode == 1 and "--restarts 2 are used up" in done.stderr
     assert cloud.verbs.count("launch") == 3
+    cloud.answers(slice=["1 NOT_FOUND"])
+    (cloud.folder / "calls").unlink()
+    done = resume(cloud, "--restarts", "1")
+    assert done.returncode == 1 and cloud.verbs.count("delete") == 2
+    assert "slice n1 is MISSING, and is replaced; --restarts 1 are used up" in done.stderr
+    (cloud.folder / "calls").unlink()
     cloud.answers(request=["1 NOT_FOUND"], create=["1 quota"])
     assert resume(cloud, "--restarts", "1").returncode == 1 and cloud.verbs.count("create") == 2
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Keeps a run going until it is done, from any state: it requests the slice if there is none, sets it up, launches the
-# run and watches it. If the slice was taken back (its request is SUSPENDED or FAILED), it deletes the slice, requests a
-# new one and launches the same command. If the run ended with 75 (preempted), or with 69 (a process on another worker
-# is gone) on a slice that is still there, it launches the run again.
+# run and watches it. If the slice was taken back (its request is SUSPENDED or FAILED, or it is not there any more), it
+# deletes the slice, requests a new one and launches the same command. If the run ended with 75 (preempted), or with 69
+# (a process on another worker is gone) on a slice that is still there, it launches the run again.
 #
 #   tpu_scripts/resume.sh --name NAME --zone ZONE --topology v5p:2x2x2 --spot --shared gs://BUCKET --run RUN \
 #       -- --config configs/tpu_v5p.py --config.steps=100
@@ -42,13 +42,14 @@ renew_slice() {
   create_slice && await_slice && setup_slice && launch
 }
 
-# slice_state prints READY, or the other state that the request or the slice is in.
+# slice_state prints READY, or the other state that the request or the slice is in; MISSING if the request says that
+# there is a slice, and there is none.
 slice_state() {
   local state
   state=$(request_state)
   if [[ $state == ACTIVE ]]; then
-    tpus tpu-vm describe "${FLAG[name]}" "--format=value(state)"
-    state=$("${GCLOUD[@]}") || state=UNKNOWN
+    state=$(state_of tpu-vm state)
+    state=${state/GONE/MISSING}
   fi
   echo "$state"
 }
@@ -101,7 +102,7 @@ while true; do
   state=$(slice_state)
   case $state in
     READY) look_after_run || true ;;
-    SUSPENDED | FAILED | PREEMPTED | TERMINATED)
+    SUSPENDED | FAILED | PREEMPTED | TERMINATED | MISSING)
       attempt "slice ${FLAG[name]} is $state, and is replaced"
       if delete_slice; then renew_slice || true; fi
       ;;

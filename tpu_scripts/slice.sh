@@ -60,8 +60,13 @@ create_slice() {
 
 # request_state prints ACTIVE, SUSPENDED, ...; GONE if there is no such request, UNKNOWN if gcloud cannot tell.
 request_state() {
+  state_of queued-resources state.state
+}
+
+# state_of KIND FIELD prints the state of the request or of the slice, in the same words.
+state_of() {
   local errors state
-  tpus queued-resources describe "${FLAG[name]}" "--format=value(state.state)"
+  tpus "$1" describe "${FLAG[name]}" "--format=value($2)"
   errors=$(mktemp)
   if state=$("${GCLOUD[@]}" 2>"$errors"); then
     echo "${state:-UNKNOWN}"

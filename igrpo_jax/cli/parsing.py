@@ -73,9 +73,11 @@ def cluster_arguments(argv: list[str]) -> dict[str, Any]:
     coordinator = values["coordinator"]
     count = number("processes", values["processes"])
     process = number("process", values["process"])
-    if not re.fullmatch(r".+:\d+", coordinator):
+    match = re.fullmatch(r".+:(\d+)", coordinator)
+    if not match or not 0 < int(match[1]) < 1 << 16:
         raise InputError(
-            f"--coordinator {coordinator}: must be HOST:PORT, an address of process 0 and a port that is free there"
+            f"--coordinator {coordinator}: must be HOST:PORT, an address of process 0 and a port that is free there, "
+            "at most 65535"
         )
     if not process < count:
         raise InputError(f"--process {process}: must be below --processes = {count}; they are counted from 0")

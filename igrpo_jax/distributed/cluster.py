@@ -27,7 +27,8 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -109,6 +110,21 @@ def check_same(facts: Mapping[str, Any]) -> None:
                 )
 
 
+def _check_devices(owners: Sequence[int]) -> None:
+    """Raises InputError, on every process, unless all have the same number of devices.
+
+    Args:
+        owners: the process of each device.
+    """
+    (first, expected), *others = sorted(Counter(owners).items())
+    for process, count in others:
+        if count != expected:
+            raise InputError(
+                f"process {process} sees {count} devices, process {first} sees {expected}; start every process with "
+                "the same number, such as of GPUs in CUDA_VISIBLE_DEVICES"
+            )
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested facts under dotted names."""
     facts = {}
@@ -132,13 +148,15 @@ def _meet(settings: ClusterConfig, address: Mapping[str, Any]) -> bool:
     """Joins the other processes; returns False if there are none. Ends the process if not all of them come in time.
 
     Raises:
+        InputError: the port of process 0 is in use.
         RunError: the version of JAX lacks what several processes need.
     """
     if not jax.distributed.is_initialized():
-        given = dict(address) if address else _detected()
-        if given is None or given.get("num_processes") == 1:
+        given = _arguments(address)
+        if given is None:
             return False
         abort.check_supported()
+        _check_port(given)
         # JAX's own preemption service would take SIGTERM, and tells only those who ask it.
         jax.config.update("jax_enable_preemption_service", False)
         # After a time-out of its own, JAX aborts and does not say what to do.
@@ -156,6 +174,26 @@ def _meet(settings: ClusterConfig, address: Mapping[str, Any]) -> bool:
     return jax.process_count() > 1
 
 
+def _check_port(given: Mapping[str, Any]) -> None:
+    """Raises InputError if this is process 0 and the port at which it will listen is in use.
+
+    JAX's own server shares a port with that of another run, and both fail later. Where it cannot have the port at all,
+    some versions of JAX crash.
+    """
+    if given.get("process_id") != 0 or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return
+    port = int(given["coordinator_address"].rpartition(":")[2])
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise InputError(
+            f"--coordinator {given['coordinator_address']}: process 0 cannot listen at port {port} "
+            f"({os.strerror(error.errno or 0)}); give every process another port, or end what uses this one"
+        ) from error
+
+
 def _not_met(seconds: float, given: Mapping[str, Any]) -> NoReturn:
     who = f"process {given['process_id']} of {given['num_processes']}" if "process_id" in given else "this process"
     say(
@@ -166,34 +204,50 @@ def _not_met(seconds: float, given: Mapping[str, Any]) -> NoReturn:
     os._exit(1)
 
 
-def _detected() -> dict[str, Any] | None:
-    """Returns arguments of jax.distributed.initialize where Slurm, Open MPI or a TPU pod runs several processes.
+def _arguments(address: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns arguments of jax.distributed.initialize, given or detected; None for a process that is alone.
 
     Raises:
         InputError: Open MPI runs several processes, but does not say where they can meet.
     """
-    launcher = abort.launcher()
-    if launcher is None:
-        if (count := os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) != "1":
-            raise InputError(
-                f"--processes: mpirun has started {count} processes, which JAX {jax.__version__} does not see, as of "
-                "Open MPI 5 and later; "
-                f"give each --coordinator HOST:PORT --processes {count} --process $OMPI_COMM_WORLD_RANK"
-            )
+    if address.get("num_processes") == 1 or not (address or _is_one_of_several()):
         return None
-    devices = _gpus_of_the_task() if launcher == "SlurmCluster" else None
-    return {"local_device_ids": devices} if devices else {}
+    devices = _gpus_of_the_process()
+    return dict(address) | ({"local_device_ids": devices} if devices else {})
 
 
-def _gpus_of_the_task() -> list[int] | None:
-    """Returns the local GPUs of this Slurm task where JAX would choose wrongly, else None.
+def _is_one_of_several() -> bool:
+    """Returns whether Slurm, Open MPI or a TPU pod runs several processes, of which JAX can learn where they meet.
 
-    JAX gives a task the GPU of its local number. But a task that is alone on its node takes all GPUs, and a task to
-    which Slurm shows one GPU takes that, whose number is 0.
+    Raises:
+        InputError: Open MPI runs several, and JAX does not see it.
     """
+    if abort.launcher() is not None:
+        return True
+    if (count := os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) != "1":
+        raise InputError(
+            f"--processes: mpirun has started {count} processes, which JAX {jax.__version__} does not see, as of "
+            f"Open MPI 5 and later; give each --coordinator HOST:PORT --processes {count} --process "
+            "$OMPI_COMM_WORLD_RANK"
+        )
+    return False
+
+
+def _gpus_of_the_process() -> list[int] | None:
+    """Returns the local GPUs of this process where JAX may choose wrongly, else None.
+
+    JAX gives a process of a launcher that it sees the GPU of its local number. But a Slurm task that is alone on its
+    node takes all GPUs, and a process that is shown one GPU takes that, whose number is 0. JAX does not see Open MPI 5.
+    """
+    # First: inside a Slurm job, mpirun passes on Slurm's variables, and these describe its daemon.
+    rank, is_task = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), "SLURM_LOCALID" in os.environ
+    if (rank is None and not is_task) or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
     visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if not re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        return [0] if visible and "," not in visible else None
+    if rank is not None or not re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        if visible and "," not in visible:
+            return [0]
+        return None if rank is None else [int(rank)]
     if visible:
         return list(range(len(visible.split(","))))
     return list(range(int(count))) if count.isdecimal() else None
@@ -204,7 +258,7 @@ def _gpus_of_the_task() -> list[int] | None:
 
 @contextlib.contextmanager
 def joined(settings: ClusterConfig, address: Mapping[str, Any]) -> Iterator[None]:
-    """Runs the block as one of the processes that `address` names, or that were detected.
+    """Runs the block as one of the processes that `address` names, or that were detected, with equally many devices.
 
     After an error the process has to end by os._exit, because JAX's exit handlers wait for the others.
 
@@ -216,6 +270,7 @@ def joined(settings: ClusterConfig, address: Mapping[str, Any]) -> Iterator[None
         return
     peers = Peers(settings.silence)
     try:
+        _check_devices([device.process_index for device in jax.devices()])
         yield
         peers.wait_for_end()
     except preemption.Preempted:

@@ -1,9 +1,13 @@
 """What distinguishes one decoder from another, and how it is read from a Hugging Face config.json."""
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from igrpo_jax.config import BuiltinModelConfig
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,10 @@ def from_hf(raw: dict, source: str) -> DecoderConfig:
 
     Raises:
         InputError: a model_type, activation, rope type, window, bias, dropout, quantization or kind of layer that the
-            decoder lacks; a missing key.
+            decoder lacks; a missing key; a value of another kind than its key has.
     """
     kind = raw.get("model_type")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise InputError(f"{source}: model_type = {kind!r} is not supported; supported are {', '.join(READERS)}")
     _refuse_quantized(raw, source)
     _only(raw, source, attention_dropout=0.0, hidden_dropout=0.0)
@@ -118,22 +122,23 @@ def from_hf(raw: dict, source: str) -> DecoderConfig:
 
 def _refuse_quantized(raw: dict, source: str) -> None:
     """Raises InputError for weights of 4 or 8 bits, whose scales lie in separate tensors."""
-    quantized = raw.get("quantization_config") or {}
-    method = quantized.get("quant_method", "unknown")
+    quantized = raw.get("quantization_config")
+    method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
     refuse(not quantized, source, "quantization_config of method", method, "weights in bfloat16, float16 or float32")
 
 
-def _common(raw: dict) -> dict:
+def _common(raw: dict, source: str) -> dict:
     """Returns the fields that every family gives the same name."""
-    heads = raw["num_attention_heads"]
+    whole = functools.partial(value, raw, source, WHOLE)
+    heads = whole("num_attention_heads")
     return {
-        "vocab_size": raw["vocab_size"],
-        "hidden_size": raw["hidden_size"],
-        "intermediate_size": raw["intermediate_size"],
+        "vocab_size": whole("vocab_size"),
+        "hidden_size": whole("hidden_size"),
+        "intermediate_size": whole("intermediate_size"),
         "num_heads": heads,
-        "num_kv_heads": raw.get("num_key_value_heads") or heads,
-        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "max_position_embeddings": raw["max_position_embeddings"],
+        "num_kv_heads": whole("num_key_value_heads", heads),
+        "tie_embeddings": value(raw, source, FLAG, "tie_word_embeddings", False),
+        "max_position_embeddings": whole("max_position_embeddings"),
     }
 
 
@@ -143,18 +148,18 @@ def _dense(raw: dict, source: str) -> DecoderConfig:
     _only(raw, source, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
     if not kind.startswith("qwen"):  # where a window is in use only with use_sliding_window
         _only(raw, source, sliding_window=None)
-    for layer in raw.get("layer_types") or ():
+    for layer in value(raw, source, NAMES, "layer_types", []):
         refuse(layer == "full_attention", source, "layer_types", layer, "full_attention")
     if kind != "qwen2":  # its biases are not optional
         _only(raw, source, attention_bias=False)
-    rope = _rope(raw, source)
+    rope, common = _rope(raw, source), _common(raw, source)
     return DecoderConfig(
-        **_common(raw),
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        pattern="*-" * raw["num_hidden_layers"],
-        rope_theta=float(rope.get("rope_theta") or 10_000.0),
+        **common,
+        head_dim=value(raw, source, WHOLE, "head_dim", common["hidden_size"] // common["num_heads"]),
+        pattern="*-" * value(raw, source, WHOLE, "num_hidden_layers"),
+        rope_theta=float(value(rope, source, NUMBER, "rope_theta", 10_000.0)),
         rope_scaling=_rope_scaling(rope, source),
-        rms_norm_eps=raw["rms_norm_eps"],
+        rms_norm_eps=value(raw, source, NUMBER, "rms_norm_eps"),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
     )
@@ -166,10 +171,10 @@ def _rope(raw: dict, source: str) -> dict:
     Where there are both, as where a scaling was added by hand, transformers reads rope_scaling alone.
     """
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    given = raw.get(key) or {}
-    for name, value in given.items():
+    given = value(raw, source, OBJECT, key, {})
+    for name, setting in given.items():
         fix = "one setting for all layers"
-        refuse(not isinstance(value, dict), source, key, f"{name}: {value}", fix)
+        refuse(not isinstance(setting, dict), source, key, f"{name}: {setting}", fix)
     for settings in (raw, given):
         if settings.get("partial_rotary_factor") is not None:
             _only(settings, source, partial_rotary_factor=1.0)
@@ -181,10 +186,11 @@ def _rope_scaling(rope: dict, source: str) -> RopeScaling | None:
     refuse(kind in ("default", "llama3"), source, "rope type", kind, "default or llama3")
     if kind == "default":
         return None
-    original = rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    number = functools.partial(value, rope, source, NUMBER)
+    original = value(rope, source, WHOLE, "original_max_position_embeddings")
+    low, high = number("low_freq_factor"), number("high_freq_factor")
     refuse(high > low, source, "high_freq_factor", high, f"above low_freq_factor = {low}")
-    return RopeScaling(float(rope["factor"]), float(low), float(high), original)
+    return RopeScaling(float(number("factor")), float(low), float(high), original)
 
 
 # Newer versions of Nemotron-H's config.json have a list of names instead of the pattern.
@@ -199,30 +205,32 @@ def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
     _only(raw, source, mlp_hidden_act="relu2", mamba_hidden_act="silu", use_conv_bias=True, sliding_window=None)
     _only(raw, source, use_bias=False, mlp_bias=False, attention_bias=False, mamba_proj_bias=False)
     _only(raw, source, mamba_conv_bias=True, mamba_dt_limit=None, num_nextn_predict_layers=0)
-    layers = raw.get("layers_block_type") or raw.get("layer_types") or raw["hybrid_override_pattern"]
+    names = functools.partial(value, raw, source, NAMES)
+    layers = names("layers_block_type", []) or names("layer_types", [])
+    layers = layers or value(raw, source, TEXT, "hybrid_override_pattern")
     letters = [_LETTERS.get(name, name) for name in layers]
     unknown = sorted({*letters} - {*"M*-"})
     refuse(not unknown, source, "kind of layer", ", ".join(unknown), "M (Mamba-2), * (attention) or - (MLP)")
+    whole = functools.partial(value, raw, source, WHOLE)
+    low, high = _limits(value(raw, source, LIMITS, "time_step_limit", [0.0, math.inf]))
     mamba = MambaConfig(
-        num_heads=raw["mamba_num_heads"],
-        head_dim=raw["mamba_head_dim"],
-        num_groups=raw["n_groups"],
-        state_size=raw["ssm_state_size"],
-        conv_size=raw["conv_kernel"],
-        chunk_size=raw["chunk_size"],
+        num_heads=whole("mamba_num_heads"),
+        head_dim=whole("mamba_head_dim"),
+        num_groups=whole("n_groups"),
+        state_size=whole("ssm_state_size"),
+        conv_size=whole("conv_kernel"),
+        chunk_size=whole("chunk_size"),
         # NVIDIA's code clips to this, whether it trains or samples. transformers 5.23 clips to time_step_min in prefill
         # alone, with which a model would sample from another distribution than it is trained on.
-        time_step_limit=tuple(  # type: ignore[arg-type]  # two of them
-            float(_number(x)) for x in raw.get("time_step_limit") or (0.0, "inf")
-        ),
+        time_step_limit=(float(low), float(high)),
     )
     refuse(mamba.num_heads % mamba.num_groups == 0, source, "n_groups", mamba.num_groups, "a divisor of the heads")
     return DecoderConfig(
-        **_common(raw),
-        head_dim=raw.get("head_dim") or raw["attention_head_dim"],
+        **_common(raw, source),
+        head_dim=whole("head_dim", None) or whole("attention_head_dim"),
         pattern="".join(letters),
         rope_theta=None,
-        rms_norm_eps=raw["layer_norm_epsilon"],
+        rms_norm_eps=value(raw, source, NUMBER, "layer_norm_epsilon"),
         qkv_bias=False,
         mlp="relu2",
         mamba=mamba,
@@ -232,19 +240,50 @@ def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
 READERS = {"llama": _dense, "qwen2": _dense, "qwen3": _dense, "nemotron_h": _nemotron_h}  # by model_type
 
 
-def _number(value: float | str | dict) -> float | str:
-    """Returns a number of a config.json. JSON has no infinity: some transformers write {"__float__": "Infinity"}."""
-    return value["__float__"] if isinstance(value, dict) else value
+# Kinds of values, in the words of an error.
+WHOLE, NUMBER, FLAG, TEXT = "a whole number above 0", "a number above 0", "true or false", "a text"
+NAMES, OBJECT, LIMITS = "a list of names", "an object", "a list of two numbers"
+TOKENS = "a token id or a list of them"
+_IS: dict[str, Callable[[Any], bool]] = {
+    WHOLE: lambda x: type(x) is int and x > 0,  # not bool, which is a kind of int
+    NUMBER: lambda x: type(x) in (int, float) and 0 < x < math.inf,
+    FLAG: lambda x: isinstance(x, bool),
+    TEXT: lambda x: isinstance(x, str),
+    NAMES: lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
+    OBJECT: lambda x: isinstance(x, dict),
+    LIMITS: lambda x: isinstance(x, list) and len(x) == 2 and all(type(end) in (int, float) for end in _limits(x)),
+    TOKENS: lambda x: all(type(id) is int or id is None for id in (x if isinstance(x, list) else [x])),
+}
+
+
+def value(raw: dict, source: str, kind: str, name: str, default: Any = ...) -> Any:
+    """Returns the value of a key of a JSON file, and `default` where it is missing or null.
+
+    Raises:
+        InputError: it is not of the `kind`, or null without a default.
+        KeyError: it is missing, without a default.
+    """
+    given = raw[name] if default is ... else raw.get(name)
+    if given is None and default is not ...:
+        return default
+    refuse(_IS[kind](given), source, name, given, kind)
+    return given
+
+
+def _limits(ends: list) -> tuple[Any, Any]:
+    """Returns the two ends of a range. JSON has no infinity: some transformers write {"__float__": "Infinity"}."""
+    low, high = (math.inf if end in ("inf", {"__float__": "Infinity"}) else end for end in ends)
+    return low, high
 
 
 def _only(raw: dict, source: str, **supported: object) -> None:
     """Raises InputError if a key of `raw` is set to another value than the one that is supported."""
-    for name, value in supported.items():
-        given = raw.get(name, value)
-        refuse(given == value or (not given and not value), source, name, given, str(value).lower())
+    for name, only in supported.items():
+        given = raw.get(name, only)
+        refuse(given == only or (not given and not only), source, name, given, str(only).lower())
 
 
 def refuse(ok: bool, source: str, name: str, value: object, supported: str) -> None:
     """Raises InputError unless `ok`."""
     if not ok:
-        raise InputError(f"{source}: {name} = {value!r} is not supported; use {supported}")
+        raise InputError(f"{source}: {name} = {shown(value)} is not supported; use {supported}")

@@ -113,10 +113,15 @@ def eos_ids(path: str, tokenizer) -> tuple[int, ...]:
 
 
 def named_eos_ids(path: str) -> list[int]:
-    """Returns the ids that generation_config.json and config.json name as ends of a completion, in this order."""
+    """Returns the ids that generation_config.json and config.json name as ends of a completion, in this order.
+
+    Raises:
+        InputError: what they name is no id.
+    """
     root, ids = resolve(path), []
     for name in ("generation_config.json", "config.json"):
-        named = read_json(path, root / name).get("eos_token_id") if (root / name).is_file() else None
+        raw = read_json(path, root / name) if (root / name).is_file() else {}
+        named = config.value(raw, f"config.model.path = {path!r}: {name}", config.TOKENS, "eos_token_id", [])
         ids += named if isinstance(named, list) else [named]
     return [id for id in ids if id is not None]
 

@@ -41,7 +41,8 @@ def _copy(address: str) -> Path:
 @functools.cache
 def _download(name: str) -> Path:
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(WANTED)))
+        # Its patterns match in folders too, such as those of checkpoints or of weights in another format.
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=["*/*"]))
     except Exception as error:  # its errors have no common base: HTTP, validation, offline, file system
         reason = f"{type(error).__name__}: {first_line(error)}"
         fix = "give a local directory with config.json, the safetensors files and the tokenizer"

@@ -21,13 +21,13 @@ SLURM = {
 
 @pytest.fixture
 def slurm(monkeypatch):
-    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE", "JAX_LOCAL_DEVICE_IDS"):
         monkeypatch.delenv(name, raising=False)
 
     def job(**more):
         for name, value in (SLURM | more).items():
             monkeypatch.setenv(name, value)
-        return cluster._detected()
+        return cluster._arguments({})
 
     return job
 
@@ -50,11 +50,46 @@ def test_slurm_is_found_and_a_task_alone_on_its_node_takes_all_gpus(slurm):
     assert slurm(CUDA_VISIBLE_DEVICES="0", SLURM_LOCALID="3") == {"local_device_ids": [0]}
 
 
+def test_the_gpus_of_a_process_are_the_same_where_its_address_is_given(slurm, monkeypatch):
+    given = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 0}
+
+    def devices():
+        return cluster._arguments(given).get("local_device_ids")
+
+    assert devices() is None
+    slurm(SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_GPUS_ON_NODE="8")
+    assert devices() == list(range(8))
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")  # of mpirun inside the job
+    assert devices() == [3]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert devices() == [0]
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "2,3")  # JAX reads it itself
+    assert devices() is None
+
+
+@pytest.mark.parametrize("host", ["localhost", ""])
+def test_a_port_that_is_in_use_is_refused_before_jax_crashes_at_it(monkeypatch, host):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    with socket.create_server((host, 0)) as server:
+        port = server.getsockname()[1]
+        address = {"coordinator_address": f"node1:{port}", "num_processes": 2, "process_id": 0}
+        with pytest.raises(InputError, match=rf"--coordinator node1:{port}: .* {port} \(Address already in use\);"):
+            cluster._meet(ClusterConfig(), address)
+        cluster._check_port(address | {"process_id": 1})  # it listens at no port
+    cluster._check_port(address)
+
+
+def test_processes_need_equally_many_devices():
+    cluster._check_devices([0, 0, 1, 1, 2, 2])
+    with pytest.raises(InputError, match="process 2 sees 1 devices, process 0 sees 2; start every process with"):
+        cluster._check_devices([0, 0, 1, 1, 2])
+
+
 def test_processes_of_mpirun_that_jax_does_not_see_do_not_run_alone(monkeypatch):
-    assert cluster._detected() is None
+    assert cluster._arguments({}) is None
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(InputError, match=r"mpirun has started 2 processes, .* --processes 2 --process"):
-        cluster._detected()
+        cluster._arguments({})
 
 
 def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):
@@ -62,7 +97,7 @@ def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):
         raise OSError("no route")
 
     monkeypatch.setattr(abort.clusters.GceTpuCluster, "is_env_present", fails)
-    assert cluster._detected() is None
+    assert cluster._arguments({}) is None
     assert "cannot find out whether this machine is part of a pod: no route" in caplog.text
 
 
@@ -72,6 +107,7 @@ def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):
         ("--coordinator h:1 --process 0", "--processes: missing"),
         ("--process=0", "--coordinator: missing"),
         ("--coordinator h --processes 2 --process 0", "--coordinator h: must be HOST:PORT"),
+        ("--coordinator h:65536 --processes 2 --process 0", "--coordinator h:65536: must be HOST:PORT"),
         ("--coordinator h:1 --processes 2 --process 2", "--process 2: must be below --processes = 2"),
         ("--coordinator h:1 --processes two --process 0", "--processes two: must be a whole number"),
     ],

@@ -199,6 +199,11 @@ def test_nemotron_h_of_older_and_newer_files(nemotron):
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
         ({"n_groups": 3}, "n_groups = 3"),
         ({"ssm_state_size": ...}, "has no 'ssm_state_size'; is it the config.json of a nemotron_h model?"),
+        ({"ssm_state_size": 8.0}, "ssm_state_size = 8.0 is not supported; use a whole number above 0"),
+        ({"layers_block_type": [["mamba"]]}, "layers_block_type = [['mamba']] is not supported; use a list of names"),
+        ({"hybrid_override_pattern": 3}, "hybrid_override_pattern = 3 is not supported; use a text"),
+        ({"time_step_limit": [0.0, "wide"]}, "time_step_limit = [0.0, 'wide'] is not supported; use a list of two num"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon = None is not supported; use a number above 0"),
         ({"ssm_state_size": 8}, "backbone.layers.0.mixer.in_proj.weight is (132, 32), not (100, 32)"),
     ],
 )
@@ -290,6 +295,18 @@ def test_a_scaling_that_was_added_to_newer_files_is_refused_by_name(copy, kind):
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"intermediate_size": ...}, "has no 'intermediate_size'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias = True"),
+        ({"model_type": ["llama"]}, "model_type = ['llama'] is not supported; supported are llama"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear' is not supported; use an object"),
+        ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "factor = '8' is not supported; use a number above 0"),
+        ({"quantization_config": "awq"}, "quantization_config of method = 'awq' is not supported; use weights in"),
+        ({"layer_types": 2}, "layer_types = 2 is not supported; use a list of names"),
+        ({"num_hidden_layers": None}, "num_hidden_layers = None is not supported; use a whole number above 0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers = 2.0 is not supported; use a whole number above 0"),
+        ({"num_key_value_heads": True}, "num_key_value_heads = True is not supported; use a whole number above 0"),
+        ({"vocab_size": "300"}, "vocab_size = '300' is not supported; use a whole number above 0"),
+        ({"max_position_embeddings": None}, "max_position_embeddings = None is not supported; use a whole number abo"),
+        ({"rms_norm_eps": None}, "rms_norm_eps = None is not supported; use a number above 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' is not supported; use true or false"),
     ],
 )
 def test_a_model_that_the_decoder_does_not_have(copy, changes, expected):
@@ -339,7 +356,7 @@ def test_a_directory_that_is_not_there_or_empty(tmp_path):
 
 
 def test_a_hub_id_that_can_not_be_had(monkeypatch):
-    def offline(name, allow_patterns):
+    def offline(name, allow_patterns, **_):
         assert "*.safetensors" in allow_patterns
         assert not any("bin" in pattern for pattern in allow_patterns)
         raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot reach the hub\nand a second line")
@@ -350,9 +367,18 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch):
     assert "give a local directory" in message
 
 
-def test_a_hub_id_becomes_its_snapshot(monkeypatch, saved):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(saved))
+def test_a_hub_id_becomes_its_snapshot_of_the_files_at_its_top(monkeypatch, saved):
+    files = ["config.json", "model.safetensors", "merges.txt", "tokenizer.model", "README.md"]
+    files += ["checkpoint-500/model.safetensors", "original/tokenizer.model", "onnx/a/config.json"]
+    taken = []
+
+    def download(name, **patterns):
+        taken.extend(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hf_files.load_config("somebody/qwen2-tiny") == hf_files.load_config(str(saved))
+    assert taken == files[:4]
 
 
 def test_no_weights(copy):
@@ -448,6 +474,10 @@ def test_tokenizers_that_can_not_be_used(copy):
     save_tokenizer(copy, "{{ raise_exception('no such role') }}")
     message = error_of(hf_files.eos_ids, str(copy), hf_files.load_tokenizer(str(copy)))
     assert "the chat template fails (no such role)" in message
+    for wrong in ("</s>", ["1"], 2.0):
+        edit_json(copy / "generation_config.json", eos_token_id=wrong)
+        message = error_of(hf_files.named_eos_ids, str(copy))
+        assert "generation_config.json: eos_token_id" in message and "use a token id or a list of them" in message
     tokenizer = hf_files.load_tokenizer(str(copy))
     tokenizer.eos_token = tokenizer.chat_template = None
     for name in ("config.json", "generation_config.json"):
