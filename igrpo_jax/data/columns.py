@@ -7,6 +7,7 @@ worked solution, only its final answer is kept: the last `\\boxed{…}`, what fo
 "the answer is".
 """
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -191,14 +192,20 @@ def _counted(numbers: list[int], table: Table, what: str) -> str:
 
 def _has_replies(table: Table, name: str) -> bool:
     """Returns whether a column holds a chat that ends with a reply."""
+    return any(turns[-1].role == "assistant" for turns in _chats(table, name))
+
+
+def system_turns(table: Table, name: str) -> int:
+    """Returns how many chats of a column begin with a system turn."""
+    return sum(turns[0].role == "system" for turns in _chats(table, name))
+
+
+def _chats(table: Table, name: str) -> Iterator[list[messages.Message]]:
+    """Yields the chats of a column, without those that hold something other than text."""
     for _, cells in table:
-        try:
-            turns = messages.parse(cell(cells, name))
-        except TypeError:
-            continue
-        if turns and turns[-1].role == "assistant":
-            return True
-    return False
+        with contextlib.suppress(TypeError):
+            if turns := messages.parse(cell(cells, name)):
+                yield turns
 
 
 def _names(table: Table) -> list[str]:

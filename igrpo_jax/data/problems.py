@@ -58,9 +58,9 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
     """
     if not config.data.train:
         return TrainingSet(_builtin_rows(TASKS[config.data.task].problems(config)[0], "train"), [])
-    rows, mapping, unanswered = load_rows(config.data)
+    rows, mapping, told = load_rows(config.data)
     kept, notes = cleaned(config, rows, held_out)
-    return TrainingSet(kept, [("columns", str(mapping)), *unanswered, *notes])
+    return TrainingSet(kept, [("columns", str(mapping)), *told, *notes])
 
 
 def cleaned(config: Config, rows: list[Row], held_out: dict[str, list[Row]]) -> tuple[list[Row], list[tuple[str, str]]]:
@@ -151,7 +151,7 @@ def _builtin_rows(problems: Sequence[Problem], split: str) -> list[Row]:
 
 
 def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, list[tuple[str, str]]]:
-    """Returns the rows of config.data.train, the columns that were read, and a note about rows that were left out.
+    """Returns the rows of config.data.train, the columns that were read, and notes on what is changed of the file.
 
     `data.train` is a name of TRAINING_SETS, a file or folder, or a hub id. Rows without an answer are left out where
     `data.clean` is set.
@@ -177,6 +177,9 @@ def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, list[tu
         if unanswered := len(table) - len(answered):
             notes.append(("problems without an answer", f"{unanswered:,}, left out"))
         table = answered
+    if moved := columns.system_turns(table, mapping.prompt):
+        fix = "data.system_prompt makes one system turn for all"
+        notes.append(("system turns", f"{moved:,}, each put in front of the words of its user; {fix}"))
     if not prompt:
         table, mapping = choices.shown(table, mapping, source, "config.data.prompt_column")
     return _rows(table, mapping, source), mapping, notes

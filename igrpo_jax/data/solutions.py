@@ -42,7 +42,7 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
             has a solution; `data.clean` leaves none.
     """
     source = f"config.data.train = {config.data.train!r}"
-    rows, mapping, unanswered = problems.load_rows(config.data)
+    rows, mapping, told = problems.load_rows(config.data)
     name = _column(rows, config.sft.solution_column, SOLUTIONS, f"{source}: has no column of solutions", "solution")
     drafts_of = _drafts(config, rows, source)
     found = []
@@ -52,7 +52,7 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
             found.append(Solution(row, _imitated(config, row, text, opening), drafts_of(row)))
     if not found:
         raise InputError(f"{source}: none of its {len(rows)} rows has a text in {name!r}; name another column")
-    notes = [("columns", f"{mapping}, solution from {name!r}"), *unanswered]
+    notes = [("columns", f"{mapping}, solution from {name!r}"), *told]
     if len(found) < len(rows):
         notes.append(("problems without a solution", f"{len(rows) - len(found):,} of {len(rows):,}, left out"))
     # A solution is not a reward, so answers that no completion can match are not errors otherwise.

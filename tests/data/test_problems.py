@@ -321,11 +321,12 @@ def test_rows_that_can_not_be_read_are_counted_over_both_columns(tmp_path):
 )
 def test_columns_are_found_by_their_names(tmp_path, row, question, answer, mapping):
     """Each is a form that published data sets have. `input` beside `question` loses: the order of names counts."""
-    rows, found, _ = problems.load_rows(DataConfig(train=write(tmp_path / "x.jsonl", [row])))
+    rows, found, notes = problems.load_rows(DataConfig(train=write(tmp_path / "x.jsonl", [row])))
     assert (rows[0].question, rows[0].answer, (found.prompt, found.answer)) == (question, answer, mapping)
     question_columns = {mapping[0], *mapping[0].split("+")}
     assert rows[0].columns == {name: value for name, value in row.items() if name not in question_columns}
     assert mapping[0] in str(found) and mapping[1] in str(found)
+    assert [name for name, _ in notes] == ["system turns"] * question.startswith("S\n")
 
 
 def test_a_named_column_wins_over_those_found(tmp_path):
