@@ -127,7 +127,9 @@ def _check_pages(sizes: Sizes) -> None:
 
 
 def with_slots_for(config: Config, mesh: jax.sharding.Mesh, samples: int) -> Config:
-    """Returns `config` with no more slots than `samples` need, rounded up to a multiple of the shards."""
-    shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
-    slots = min(config.rollout.slots, -(-samples // shards) * shards)
+    """Returns `config` with no more slots than `samples` need, rounded up to a multiple of the devices.
+
+    Groups of devices, and the parts of a group that hold different sequences, divide the devices in every layout.
+    """
+    slots = min(config.rollout.slots, -(-samples // mesh.size) * mesh.size)
     return replace(config, rollout=replace(config.rollout, slots=slots))
