@@ -28,7 +28,7 @@ def open_programs(
     cfg: DecoderConfig,
     mesh: jax.sharding.Mesh,
     eos_ids: tuple[int, ...],
-    memory: int | None,
+    memory: float | None,
     *,
     longest_prompt: int,
     max_completion: int,
