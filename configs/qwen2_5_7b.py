@@ -10,7 +10,10 @@ Qwen2.5-Math has a context of 4,096 tokens: lower data.max_prompt_length, refine
 rollout.max_completion_length to fit it.
 
 These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
-122 GB over all devices, the sampler's bfloat16 copy takes 15 GB on each device, and each slot takes at most 0.52 GB.
+122 GB over all devices. Four H100s share a copy of the weights to sample with, which `rollout.mesh.tensor` chooses by
+formula: 3.8 GB on each, and at most 0.13 GB for each slot of their group. On devices whose figures are not known
+(igrpo_jax/distributed/chips.py), such as A100s, each has a copy of its own: 15.2 GB on each, and at most 0.54 GB for
+each of its slots.
 """
 
 from igrpo_jax.config import default

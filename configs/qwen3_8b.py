@@ -9,7 +9,10 @@ The paper has no run of this model.
 The chat template leaves thinking on, and the model itself opens <think>.
 
 These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
-131 GB over all devices, the sampler's bfloat16 copy takes 16 GB on each device, and each slot takes at most 1.4 GB.
+131 GB over all devices. Eight H100s share a copy of the weights to sample with, which `rollout.mesh.tensor` chooses by
+formula: 2.0 GB on each, and at most 0.17 GB for each slot of their group. On devices whose figures are not known
+(igrpo_jax/distributed/chips.py), such as A100s, each has a copy of its own: 16.4 GB on each, and at most 1.4 GB for
+each of its slots.
 """
 
 from igrpo_jax.config import default

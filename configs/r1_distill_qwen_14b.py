@@ -8,9 +8,11 @@ other setting is the default, which is the paper's: 32 prompts a step, 4 drafts 
 The chat template opens <think> for the model, so that a completion starts inside it; rewards read the opened tag and
 the completion together. A draft's reasoning enters q' as it was sampled (see igrpo_jax/data/prompts.py).
 
-These settings are for 8 devices of 80 GB. Two devices share a copy of the weights and its slots. Memory by arithmetic,
-not measured: weights, gradient and both moments take 236 GB over all devices, the sampler's bfloat16 copy takes 15 GB
-on each device, and each slot takes at most 0.9 GB there.
+These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
+236 GB over all devices. Eight H100s share a copy of the weights to sample with, which `rollout.mesh.tensor` chooses by
+formula: 3.7 GB on each, and at most 0.23 GB for each slot of their group. On devices whose figures are not known
+(igrpo_jax/distributed/chips.py), such as A100s, two share a copy: 14.8 GB on each, and at most 0.92 GB for each of
+their slots.
 """
 
 from igrpo_jax.config import default

@@ -9,7 +9,7 @@ The chat template opens <think> for the model, so that a completion starts insid
 the completion together. A draft's reasoning enters q' as it was sampled (see igrpo_jax/data/prompts.py).
 
 These settings are for one device of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
-28 GB over all devices, the sampler's bfloat16 copy takes 4 GB on each device, and each slot takes at most 0.26 GB.
+28 GB, the sampler's bfloat16 copy takes 3.6 GB, and each slot takes at most 0.27 GB.
 """
 
 from igrpo_jax.config import default

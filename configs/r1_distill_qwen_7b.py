@@ -10,7 +10,10 @@ The chat template opens <think> for the model, so that a completion starts insid
 the completion together. A draft's reasoning enters q' as it was sampled (see igrpo_jax/data/prompts.py).
 
 These settings are for 8 devices of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
-122 GB over all devices, the sampler's bfloat16 copy takes 15 GB on each device, and each slot takes at most 0.52 GB.
+122 GB over all devices. Four H100s share a copy of the weights to sample with, which `rollout.mesh.tensor` chooses by
+formula: 3.8 GB on each, and at most 0.13 GB for each slot of their group. On devices whose figures are not known
+(igrpo_jax/distributed/chips.py), such as A100s, each has a copy of its own: 15.2 GB on each, and at most 0.54 GB for
+each of its slots.
 """
 
 from igrpo_jax.config import default

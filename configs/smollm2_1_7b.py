@@ -7,7 +7,7 @@ because the model's context is 8,192 tokens and its answers are short. For SmolL
 smollm2_gsm8k_cpu.py.
 
 These settings are for one device of 80 GB. Memory by arithmetic, not measured: weights, gradient and both moments take
-27 GB over all devices, the sampler's bfloat16 copy takes 3 GB on each device, and each slot takes at most 0.5 GB.
+27 GB, the sampler's bfloat16 copy takes 3.4 GB, and each slot takes at most 0.53 GB.
 """
 
 from igrpo_jax.config import default

@@ -26,7 +26,7 @@ from igrpo_jax import config, evaluate, export, generate
 from igrpo_jax.cli import exits, parsing
 from igrpo_jax.data import arithmetic
 from igrpo_jax.data.problems import Row
-from igrpo_jax.distributed import sharding
+from igrpo_jax.distributed import chips, sharding
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import inference
 from igrpo_jax.models import hf_paths
@@ -303,7 +303,7 @@ def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
     rows = {"mine": [Row("0", 0, "1+2", "3", {})]}
     inputs = inference.open_evaluation(asked, str(model), None, rows)
     seen = []
-    monkeypatch.setattr(inference, "device_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(chips, "known_bytes", lambda device: 1 << 30)
     monkeypatch.setattr(layout, "uses_output_major", lambda mesh: output_major)
     programs = lambda c, model, mesh, eos_ids, memory, **sizes: seen.append(memory)
     monkeypatch.setattr(inference, "open_programs", programs)

@@ -730,17 +730,20 @@ def test_learning_rate_zero_changes_nothing_but_is_evaluated(tmp_path):
 
 def test_what_does_not_fit_is_said(monkeypatch):
     """By the phase that needs more than a device has, with what to lower."""
-    needs = {"update": 3 << 30, "rollout": 1 << 30}
+    needs = {"update": 90 << 30, "rollout": 1 << 30}
     monkeypatch.setattr(overview, "predicted_bytes", lambda *_: needs)
     training = SimpleNamespace(remat="dots")
-    for there, expected in ((None, ["update 3.00 GiB, rollout 1.00 GiB"]), (2 << 30, None)):
-        monkeypatch.setattr(overview, "device_bytes", lambda there=there: there)
-        recomputed, *lines = overview.memory(None, training)
+    # JAX reports no memory of a CPU, and none of a GPU where CUDA alone manages it.
+    cpu, h100 = {"platform": "cpu"}, {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "client": None}
+    for kind, reported, limit in (
+        (cpu, None, ""),
+        (h100, None, ", of 79.10 GiB"),
+        (h100, {"bytes_limit": 2 << 30}, ", of 2.00 GiB"),
+    ):
+        device = SimpleNamespace(**kind, memory_stats=lambda reported=reported: reported)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        recomputed, predicted, *lines = overview.memory(None, training)
         assert recomputed == ("recomputed in the backward pass", "all but matrix products")
-        assert [str(value) for _, value in lines] == (
-            expected
-            or [
-                "update 3.00 GiB, rollout 1.00 GiB, of 2.00 GiB",
-                f"update: lower {watchdog.SMALLER['update']}, or use more devices",
-            ]
-        )
+        assert predicted[1] == f"update 90.00 GiB, rollout 1.00 GiB{limit}"
+        said = ("does not fit", f"update: lower {watchdog.SMALLER['update']}, or use more devices")
+        assert lines == ([said] if limit else [])

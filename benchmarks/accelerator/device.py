@@ -22,8 +22,7 @@ def run(task: "Task") -> None:
         return
     import jax
 
-    from igrpo_jax.distributed.chips import CHIPS
-    from igrpo_jax.distributed.programs import device_bytes
+    from igrpo_jax.distributed.chips import CHIPS, known_bytes
 
     device = jax.devices()[0]
     flops, bandwidth = models.matmul_peak("bfloat16", task.sizes.matmul), models.bandwidth()
@@ -31,7 +30,7 @@ def run(task: "Task") -> None:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "devices": jax.device_count(),
-        "memory_bytes": device_bytes(),
+        "memory_bytes": known_bytes(device),
         "driver": driver(),
         "runtime": device.client.platform_version.replace("\n", " "),
         "bf16_tflops": round(flops / 1e12, 3),

@@ -65,8 +65,11 @@ def run(command: Callable[[list[str]], None]) -> None:
 
 
 def _notes(error: BaseException) -> list[str]:
-    """Returns what was added to an error on its way, such as what a run has saved."""
-    return getattr(error, "__notes__", [])
+    """Returns what was added to an error on its way, such as what a run has saved, without what JAX adds.
+
+    JAX adds to every error of a traced function that it has shortened the traceback, which is not printed here.
+    """
+    return [note for note in getattr(error, "__notes__", []) if "JAX_TRACEBACK_FILTERING" not in note]
 
 
 def _stdout_failure(text: str = "") -> str:

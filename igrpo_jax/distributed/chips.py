@@ -45,23 +45,38 @@ def size(count: float) -> str:
 
 
 def usable_bytes(device: "jax.Device") -> float:
-    """Returns the bytes of memory that a program on `device` may use.
+    """Returns the bytes of memory that a program on `device` may use: `known_bytes`, or a guess.
 
-    JAX reports it for the devices of this process, which stand for those of others too, except where CUDA alone manages
-    a GPU's memory (XLA_PYTHON_CLIENT_ALLOCATOR=platform). Then, and for a device that is only described, it is the
-    figure in CHIPS, or for a present one of another kind the smallest of these. For a CPU device it is its share of
-    half of the machine's memory.
+    For a CPU device the guess is its share of half of the machine's memory, for another device of this process the
+    smallest figure in CHIPS.
     """
     import jax  # `aot` imports this module before it sets the variables that jax reads
 
+    known = known_bytes(device)
+    if known is not None:
+        return known
     if device.platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / len(jax.local_devices())
+    if device.client is jax.local_devices()[0].client:
+        return min(chip.hbm_bytes for chip in CHIPS.values())
+    return of(device.device_kind).hbm_bytes  # which refuses it
+
+
+def known_bytes(device: "jax.Device") -> float | None:
+    """Returns the bytes of memory that a program on `device` may use; None where they can only be guessed.
+
+    JAX reports them for the devices of this process, which stand for those of others too, except where CUDA alone
+    manages a GPU's memory (XLA_PYTHON_CLIENT_ALLOCATOR=platform). Then, and for a device that is only described, they
+    are the figure in CHIPS, if there is one. The memory of CPU devices is that of the machine, and has no bound here.
+    """
+    import jax
+
+    if device.platform == "cpu":
+        return None
     own = jax.local_devices()[0]
     is_there = device.client is own.client  # JAX refuses the statistics of another process's device
-    limit = (own.memory_stats() or {}).get("bytes_limit") if is_there else None
-    if limit is None and is_there and device.device_kind not in CHIPS:
-        return min(chip.hbm_bytes for chip in CHIPS.values())
-    return limit or of(device.device_kind).hbm_bytes
+    reported = (own.memory_stats() or {}).get("bytes_limit") if is_there else None
+    return CHIPS[device.device_kind].hbm_bytes if not reported and device.device_kind in CHIPS else reported
 
 
 def of(device_kind: str) -> Chip:

@@ -203,11 +203,6 @@ def is_refused(error: jax.errors.JaxRuntimeError) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
-def device_bytes() -> int | None:
-    """Returns how many bytes of a device's memory JAX may use; None if it does not say, as on a CPU."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
 def peak_memory() -> dict[str, float]:
     """Returns metrics in GiB: the most memory that a device and this process took since it began.
 

@@ -5,6 +5,7 @@ weights of a run are cast and merged as in its export without a given dtype, so 
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +15,10 @@ import jax
 from igrpo_jax.config import Config, RewardsConfig, to_dict
 from igrpo_jax.data.problems import Row
 from igrpo_jax.data.prompts import Renderer
-from igrpo_jax.distributed import cluster, sharding
+from igrpo_jax.distributed import chips, cluster, sharding
 from igrpo_jax.distributed.compiling import compiling
 from igrpo_jax.distributed.disk_cache import use_disk_cache
-from igrpo_jax.distributed.programs import device_bytes, showing_waits, tree_bytes
+from igrpo_jax.distributed.programs import showing_waits, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
 from igrpo_jax.evaluation.planning import Plan, make_plan, samples_per_problem
@@ -141,7 +142,8 @@ def _weights(inputs: EvaluationInputs, console: Console) -> decoder.Params:
 
 def _programs(config: Config, policy: Policy, mesh: jax.sharding.Mesh, plan: Plan) -> SamplerPrograms:
     """Returns the programs of a sampler with hardly more slots than there are samples."""
-    memory = cluster.from_first(device_bytes)  # processes of a team need as many pages
+    # Processes of a team need as many pages.
+    memory = cluster.from_first(functools.partial(chips.known_bytes, mesh.devices.flat[0]))
     if memory is not None and (config.model.lora.rank or not shares_weights(mesh, config.rollout.mesh.tensor)):
         # The loaded weights stay on the devices next to the sampler's copy.
         memory -= tree_bytes(sharding.abstract_params(mesh, decoder.shapes(policy.cfg), config.model.dtype))

@@ -20,7 +20,7 @@ from igrpo_jax.learning.micro_shapes import MicroShapes
 from igrpo_jax.learning.optimizer import make_optimizer, state_shardings
 from igrpo_jax.learning.packing import Packer, TrainBatch
 from igrpo_jax.learning.train_state import TrainState
-from igrpo_jax.models import decoder, lora, spans
+from igrpo_jax.models import attention, decoder, lora, spans
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import TrainingCosts
 from igrpo_jax.models.logprobs import chunk_positions
@@ -54,6 +54,9 @@ class LearnerPrograms:
         state, frozen: the training state, and the weights that LoRA adapts ({} without LoRA), as abstract arrays.
         stages: the stages whose completions are trained on.
         state_sharding: the sharding of every array of the state; moments are sharded as their parameters.
+
+    Raises:
+        InputError: settings that do not fit the model, the mesh or what attention takes.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class LearnerPrograms:
         self.config = config
         self.objective = objectives.resolve(config.algorithm)
         shapes = MicroShapes(config, sharding.batch_shards(mesh), longest_prompt)
+        _check_tokens(config, cfg, shapes)
         width = spans.width(cfg, mesh.shape["tensor"])
         self.packer = Packer(self.objective, shapes, cfg.mamba.chunk_size if cfg.mamba else None, width)
         total_optimizer_steps = total_steps * config.optimizer_steps_per_update
@@ -260,6 +264,15 @@ class LearnerPrograms:
         split = sharding.batch_sharding(self._mesh)
         batch = self.packer.empty(size)
         return jax.tree.map(lambda x: _with_sharding(x, split if x.ndim else self._replicated), batch)
+
+
+def _check_tokens(config: Config, cfg: DecoderConfig, shapes: MicroShapes) -> None:
+    """Raises InputError if a full micro-batch has more tokens than attention takes; it names what makes it so long."""
+    context, _, completion = shapes.unit
+    limit = f"config.rollout.max_completion_length = {completion} (after a context of {context + 1} tokens)"
+    attention.check_tokens(cfg.attention, context + completion, limit)
+    budget = f"config.learner.tokens_per_microbatch = {config.learner.tokens_per_microbatch}"
+    attention.check_tokens(cfg.attention, shapes.largest, budget)
 
 
 def _with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -20,7 +20,7 @@ from igrpo_jax.learning import packing
 from igrpo_jax.learning.optimizer import state_shardings
 from igrpo_jax.learning.packing import MicroBatch, Piece, TrainBatch, Unit
 from igrpo_jax.learning.supervised import imitated
-from igrpo_jax.models import decoder
+from igrpo_jax.models import attention, decoder
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.logprobs import chunk_positions, packed_logprobs
 from igrpo_jax.models.segments import BLOCK
@@ -95,8 +95,13 @@ def _example(config: Config, rng: np.random.Generator, problems, renderer: Rende
 
 
 def _pack(cfg: DecoderConfig, units: Sequence[Unit], shards: int) -> TrainBatch:
-    """Returns the host arrays of a batch whose examples are dealt out to the shards."""
+    """Returns the host arrays of a batch whose examples are dealt out to the shards.
+
+    Raises:
+        InputError: they are more than attention takes.
+    """
     dealt = [[Piece(unit, 0, 1) for unit in units[i::shards]] for i in range(shards)]
     longest = max(sum(piece.unit.tokens for piece in pieces) for pieces in dealt)
     size = pick_bucket(length_buckets(1 << 24, BLOCK), longest)
+    attention.check_tokens(cfg.attention, size, f"config.warm_start.batch_size = {len(units)}")
     return packing.fill(MicroBatch(size, dealt), cfg.mamba.chunk_size if cfg.mamba else None)

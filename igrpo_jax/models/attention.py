@@ -21,12 +21,11 @@ from absl import logging
 
 from igrpo_jax.distributed.sharding import spec
 from igrpo_jax.errors import InputError
-from igrpo_jax.models import cudnn, windows
+from igrpo_jax.models import cudnn, splash, windows
 from igrpo_jax.models.blocked import NEVER, Reading, blocked_attention
 from igrpo_jax.models.cache import KV
 from igrpo_jax.models.segments import KV_AXES, Segments, dense_mask
 from igrpo_jax.models.spans import packed_cudnn_attention
-from igrpo_jax.models.splash import packed_splash_attention
 from igrpo_jax.models.windows import Window, Windowed
 
 
@@ -135,9 +134,27 @@ PACKED: dict[str, Callable[..., jax.Array]] = {
     "xla": packed_xla_attention,
     "chunked": packed_chunked_attention,
     "cudnn": packed_cudnn_attention,
-    "splash": packed_splash_attention,
-    "splash_interpret": functools.partial(packed_splash_attention, interpret=True),
+    "splash": splash.packed_splash_attention,
+    "splash_interpret": functools.partial(splash.packed_splash_attention, interpret=True),
 }
+
+# The most tokens of a packed sequence, where an implementation has such a limit.
+MOST_TOKENS = {"splash": splash.MOST_TOKENS, "splash_interpret": splash.MOST_TOKENS}
+
+
+def check_tokens(attention: str, tokens: int, setting: str) -> None:
+    """Raises InputError if `attention` cannot compute a packed sequence of `tokens` tokens, which `setting` asks for.
+
+    Args:
+        attention: a key of PACKED.
+        setting: the field to lower, with its value.
+    """
+    most = MOST_TOKENS.get(attention, tokens)
+    if tokens > most:
+        raise InputError(
+            f"{setting}: needs a packed sequence of {tokens:,} tokens, and attention = {attention} takes at most "
+            f"{most:,}; lower it, or set config.learner.attention to chunked"
+        )
 
 
 def choose(requested: str, mesh: jax.sharding.Mesh, dtype: str, head_dim: int) -> str:

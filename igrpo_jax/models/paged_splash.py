@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as library
 
-from igrpo_jax.errors import InputError
 from igrpo_jax.models.ragged import Paged
 
 HEAD_DIM = 128  # of the kernel: it copies whole registers of 128 lanes, and loads from arrays of no other width
@@ -34,21 +33,16 @@ def splash_paged_attention(
 
     Arguments and result are those of `xla_paged_attention`; k and v are read from the pages.
 
+    The kernel must have memory for the table (`holds_table`).
+
     Args:
         interpret: emulates the kernel, slowly, on any platform.
-
-    Raises:
-        InputError: the table is larger than the memory that the kernel has for it.
     """
     (pages, ragged), size = entry, q.shape[0]
     together = pages.shape[3] // q.shape[2]
     grouped = q.reshape(size, k.shape[1] // together, together, -1, q.shape[2])  # the queries of each head of a row
     sequences, of_sequence = ragged.table.shape
-    if -(-sequences // 8) * 8 * -(-of_sequence // 128) * 128 * 4 > TABLE_BYTES:
-        raise InputError(
-            f"config.rollout.page_size = {pages.shape[1]}: a TPU cannot hold the page numbers of {of_sequence:,} pages "
-            f"for each of {sequences:,} slots; raise it, or lower config.rollout.slots"
-        )
+    assert holds_table(sequences, of_sequence), f"the kernel cannot hold {sequences} x {of_sequence} page numbers"
     kernel = _emulated_kernel() if interpret else library.ragged_paged_attention
     mixed = kernel(
         _widened(grouped),
@@ -65,6 +59,11 @@ def splash_paged_attention(
     mixed = _narrowed(mixed, grouped).reshape(q.shape)
     # The kernel writes nothing at padding.
     return jnp.where((jnp.arange(size) < ragged.start[-1])[:, None, None], mixed, 0)
+
+
+def holds_table(sequences: int, of_sequence: int) -> bool:
+    """Returns whether the kernel can hold the page numbers of sequences with `of_sequence` pages each."""
+    return -(-sequences // 8) * 8 * -(-of_sequence // 128) * 128 * 4 <= TABLE_BYTES
 
 
 def _widened(grouped: jax.Array) -> jax.Array:

@@ -21,13 +21,13 @@ from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask_info
 
 from igrpo_jax.distributed.sharding import spec
-from igrpo_jax.errors import InputError
 from igrpo_jax.models import visits
 from igrpo_jax.models.segments import KV_AXES, Segments
 
 LANES = 128  # lanes of a TPU's vector registers; the kernel works on multiples of it
 BLOCKS = (512, 384, 256)  # sizes of the blocks of longer sequences; smaller blocks leave the matrix unit idle
 INDEX_BITS = 16  # bits of the index of a token in a packed sequence: two such indices fit the number of a query
+MOST_TOKENS = 2**INDEX_BITS  # of a packed sequence
 UNREAD = jnp.iinfo(jnp.int32).min  # id of the keys that no query reads
 
 
@@ -59,7 +59,8 @@ def packed_splash_attention(
 ) -> jax.Array:
     """Computes the attention of a packed sequence with the TPU's kernel: what `segments.readable` allows is read.
 
-    On a mesh, `data` times `fsdp` must divide S, and `tensor` must divide the kv heads. The tokens of a segment stand
+    On a mesh, `data` times `fsdp` must divide S, and `tensor` must divide the kv heads. F is at most MOST_TOKENS
+    (`attention.check_tokens`). The tokens of a segment stand
     in their order, one after another, and completions before all prefixes. Blocks without anything to read are skipped.
 
     Args:
@@ -71,16 +72,8 @@ def packed_splash_attention(
     Returns:
         [S, F, N, H] in q's dtype, zeros at padding. All of it is NaN if the order of the segments is another one and
         needs more visits of blocks than there is space for.
-
-    Raises:
-        InputError: F is larger than the index of a token can be.
     """
-    size, longest = q.shape[1], 2**INDEX_BITS
-    if size > longest:
-        raise InputError(
-            f"config.learner.tokens_per_microbatch: a packed sequence of {size:,} tokens is more than attention = "
-            f"splash supports; set it to at most {longest:,}, or config.learner.attention to chunked"
-        )
+    assert q.shape[1] <= MOST_TOKENS, f"the kernel cannot index {q.shape[1]} tokens"
     run = functools.partial(_packed_on_one_device, interpret=interpret)
     arguments = (q, k, v, *(jnp.asarray(x) for x in (segments.segment, segments.parent, segments.blocks)))
     if jax.sharding.get_abstract_mesh().empty:

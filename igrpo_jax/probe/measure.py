@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from igrpo_jax.data.order import step_indices
+from igrpo_jax.distributed import chips
 from igrpo_jax.distributed.compiling import compiling
-from igrpo_jax.distributed.programs import device_bytes, showing_waits
+from igrpo_jax.distributed.programs import showing_waits
 from igrpo_jax.errors import RunError
 from igrpo_jax.evaluation import measures
 from igrpo_jax.learning import objectives
@@ -62,7 +63,7 @@ def programs(asked: ProbeInputs) -> tuple[LearnerPrograms, SamplerPrograms]:
     inputs, config, policy = asked.inputs, asked.inputs.config, asked.inputs.policy
     sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": 1}
     training = LearnerPrograms(learner_config(config), policy.cfg, inputs.mesh, **sizes)
-    memory = device_bytes()
+    memory = chips.known_bytes(inputs.mesh.devices.flat[0])
     memory = memory and memory - training.resident_bytes
     config = with_slots_for(config, inputs.mesh, len(asked.prompts) * asked.samples)
     plan = inputs.evaluation_plan

@@ -12,8 +12,10 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import heads
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.costs import ModelCosts
+from igrpo_jax.models.paged_splash import holds_table
 from igrpo_jax.sampling import page_count
-from igrpo_jax.sampling.layout import choose_tensor, sampler_mesh
+from igrpo_jax.sampling.layout import choose_tensor, reads_pages, sampler_mesh
+from igrpo_jax.sampling.pages import pages_for
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.sampling.shapes import LANES, Sizes
 
@@ -26,7 +28,7 @@ def open_programs(
     cfg: DecoderConfig,
     mesh: jax.sharding.Mesh,
     eos_ids: tuple[int, ...],
-    memory: int | None,
+    memory: float | None,
     *,
     longest_prompt: int,
     max_completion: int,
@@ -89,7 +91,7 @@ def make_programs(
 
     Raises:
         InputError: the slots don't divide over the groups of devices, a group does not divide the model, or the pages
-            don't hold one sequence.
+            don't hold one sequence, or the kernel that reads pages cannot hold the page numbers of a group's slots.
     """
     length = length or longest_prompt + max_completion
     page_size = page_size or PAGE_SIZE.get(mesh.devices.flat[0].platform, OTHER_PAGE_SIZE)
@@ -113,6 +115,8 @@ def make_programs(
     if not pages:
         sizes = replace(sizes, pages=page_count.estimated_pages(sizes, ModelCosts(sampler_cfg, dtype, tensor)))
     _check_pages(sizes)
+    if sampler_cfg.attention.startswith("splash") and reads_pages(sampler_cfg, tensor):
+        _check_table(sizes, slots)
     return SamplerPrograms(sampler_cfg, teams.team_mesh(whole_mesh, teams.team_of(whole_mesh)), eos_ids, dtype, sizes)
 
 
@@ -126,8 +130,24 @@ def _check_pages(sizes: Sizes) -> None:
         )
 
 
+def _check_table(sizes: Sizes, slots: int) -> None:
+    """Raises InputError if the TPU's kernel cannot hold the page numbers of all slots of a group."""
+    rows = sizes.shard_slots * sizes.parts
+    if holds_table(rows, sizes.slot_pages):
+        return
+    larger = [sizes.page_size << i for i in range(1, 4)]
+    enough = [size for size in larger if holds_table(rows, pages_for(sizes.length, size))]
+    raise InputError(
+        f"config.rollout.slots = {slots}: the TPU's kernel cannot hold the page numbers of the {rows:,} slots of each "
+        f"group, up to {sizes.slot_pages:,} pages of {sizes.page_size} tokens for each; lower it or the length of "
+        f"completions{f', or set config.rollout.page_size to {enough[0]}' if enough else ''}"
+    )
+
+
 def with_slots_for(config: Config, mesh: jax.sharding.Mesh, samples: int) -> Config:
-    """Returns `config` with no more slots than `samples` need, rounded up to a multiple of the shards."""
-    shards = max(1, mesh.size // (config.rollout.mesh.tensor or 1))  # at most, whatever the layout is
-    slots = min(config.rollout.slots, -(-samples // shards) * shards)
+    """Returns `config` with no more slots than `samples` need, rounded up to a multiple of the devices.
+
+    Groups of devices, and the parts of a group that hold different sequences, divide the devices in every layout.
+    """
+    slots = min(config.rollout.slots, -(-samples // mesh.size) * mesh.size)
     return replace(config, rollout=replace(config.rollout, slots=slots))

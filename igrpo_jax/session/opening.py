@@ -16,9 +16,9 @@ import jax
 
 from igrpo_jax.config import Config
 from igrpo_jax.data.builtin import TASKS
-from igrpo_jax.distributed import cluster, watchdog
+from igrpo_jax.distributed import chips, cluster, watchdog
 from igrpo_jax.distributed.compiling import ProgramShapes, compiling
-from igrpo_jax.distributed.programs import device_bytes, showing_waits
+from igrpo_jax.distributed.programs import showing_waits
 from igrpo_jax.distributed.teams import Team
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation.evaluator import Evaluator
@@ -86,7 +86,8 @@ def _start(inputs: RunInputs, context: RunContext) -> tuple[Run, TrainState]:
     # Making these two checks slots, mesh, the objective's settings and LoRA's targets, before anything is written.
     sizes = {"longest_prompt": inputs.longest_prompt, "total_steps": inputs.total_steps}
     training = LearnerPrograms(config, policy.cfg, inputs.mesh, **sizes)
-    memory = cluster.from_first(device_bytes)  # processes of a team need equally many pages
+    # Processes of a team need equally many pages.
+    memory = cluster.from_first(functools.partial(chips.known_bytes, inputs.mesh.devices.flat[0]))
     memory = memory and memory - training.resident_bytes
     sampler = open_run_programs(config, policy.cfg, inputs.mesh, policy.eos_ids, inputs.longest_prompt, plan, memory)
     resumes, still_ours = claim_folder(context, config, check_workdir, prepare_workdir)

@@ -5,10 +5,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+
 from igrpo_jax.config import Config
-from igrpo_jax.distributed import watchdog
+from igrpo_jax.distributed import chips, watchdog
 from igrpo_jax.distributed.chips import CHIPS, size
-from igrpo_jax.distributed.programs import device_bytes
 from igrpo_jax.evaluation import planning
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.outputs.checkpoint import best_of
@@ -129,7 +130,7 @@ def _padding(workdir: Path) -> str:
 
 def memory(engine: Engine, training: LearnerPrograms) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed once all programs of the sampler and the update are compiled."""
-    needs, available = predicted_bytes(engine, training), device_bytes()
+    needs, available = predicted_bytes(engine, training), chips.known_bytes(jax.local_devices()[0])
     predicted = ", ".join(f"{phase} {size(need)}" for phase, need in needs.items())
     return [
         ("recomputed in the backward pass", _RECOMPUTED[training.remat]),

@@ -280,7 +280,7 @@ def open_run_programs(
     eos_ids: tuple[int, ...],
     longest_prompt: int,
     plan: planning.Plan,
-    memory: int | None,
+    memory: float | None,
 ) -> SamplerPrograms:
     """Returns the sampler's programs of a run, large enough for training and for what is evaluated in it.
 

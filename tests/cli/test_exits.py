@@ -14,7 +14,7 @@ import igrpo_jax
 from igrpo_jax import __main__, config
 from igrpo_jax.cli import exits
 from igrpo_jax.distributed import preemption, watchdog
-from igrpo_jax.errors import RunError
+from igrpo_jax.errors import InputError, RunError
 
 ROOT = Path(__file__).parents[2]
 HIDDEN = """
@@ -71,14 +71,16 @@ def test_what_jax_raises_is_named_with_its_phase_and_shapes(monkeypatch, capsys,
     [
         (RunError("the disk is full"), 1, "error: the disk is full"),
         (preemption.Preempted("step 3 is saved"), 75, "step 3 is saved; the same command resumes from there"),
+        (InputError("config.seed = x"), 2, "error: config.seed = x"),
     ],
 )
-def test_exit_codes(capsys, error, code, line):
+@pytest.mark.parametrize("traces", [False, True])  # JAX adds notes to errors that leave a traced function
+def test_exit_codes(capsys, error, code, line, traces):
     def command(_):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        exits.run(command)
+        exits.run((lambda _: jax.jit(command)(0)) if traces else command)
     assert stop.value.code == code and capsys.readouterr().err == f"igrpo_jax: {line}\n"
 
 

@@ -5,12 +5,17 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tiny_models
 import whole_runs
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.data.builtin import TASKS
+from igrpo_jax.errors import InputError
 from igrpo_jax.learning import warm_start as module
+from igrpo_jax.learning.packing import Unit
+from igrpo_jax.learning.supervised import imitated
 from igrpo_jax.models import decoder
+from igrpo_jax.models.splash import MOST_TOKENS
 from igrpo_jax.session.run_inputs import open_inputs
 
 
@@ -44,3 +49,11 @@ def test_moments_lie_where_their_parameters_do_and_a_mesh_changes_nothing(tmp_pa
     np.testing.assert_allclose(split_losses, losses, rtol=1e-5)
     for path, x in alone.items():
         np.testing.assert_allclose(split[path], x, atol=1e-4, err_msg=path)
+
+
+def test_a_batch_that_the_kernel_cannot_index_is_refused():
+    long = Unit(np.zeros(MOST_TOKENS // 2, np.int32), (imitated(np.ones(8, np.int32)),), np.zeros(1))
+    cfg = tiny_models.tiny_config(attention="splash")
+    with pytest.raises(InputError, match=r"config.warm_start.batch_size = 2: .* attention = splash .*65,536"):
+        module._pack(cfg, [long, long], 1)
+    module._pack(cfg, [long, long], 2)

@@ -9,7 +9,6 @@ import pytest
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
-from igrpo_jax.errors import InputError
 from igrpo_jax.models import segments as packed
 from igrpo_jax.models import splash, visits
 from igrpo_jax.models.segments import PrefixGroup, Segments
@@ -149,5 +148,5 @@ def test_an_order_that_needs_more_visits_gives_nan(small_blocks):
 
 def test_a_packed_sequence_that_is_too_long_is_refused():
     q, k = jnp.zeros((1, 65664, 1, 8), jnp.bfloat16), jnp.zeros((1, 1, 65664, 8), jnp.bfloat16)
-    with pytest.raises(InputError, match=r"65,664 tokens .* at most 65,536"):
+    with pytest.raises(AssertionError, match="65664 tokens"):
         attend(q, k, k, packed.pack([[]], 128))

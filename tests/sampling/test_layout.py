@@ -1,6 +1,7 @@
 """Sampling on a mesh of its own: token ids whatever the mesh, what the decode step exchanges, and what is refused."""
 
 import dataclasses
+import runpy
 import types
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 from engines import make_engine
+from processes import ROOT
 from tiny_models import one_device
 
 from igrpo_jax import config
@@ -15,6 +17,7 @@ from igrpo_jax.aot.collectives import collectives
 from igrpo_jax.distributed import sharding, teams
 from igrpo_jax.errors import InputError
 from igrpo_jax.models.config import from_hf
+from igrpo_jax.models.costs import ModelCosts
 from igrpo_jax.models.products import as_trained
 from igrpo_jax.models.shapes import SHAPES
 from igrpo_jax.sampling import layout
@@ -221,6 +224,31 @@ def chosen(name, mesh, memory=None, **changes):
 )
 def test_the_choice_is_the_least_time_of_a_token(name, kind, count, per_process, expected):
     assert chosen(name, devices_of(kind, count, per_process)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "in_words"),
+    [
+        *((name, 4, "Four") for name in ("gpu_h100", "r1_distill_qwen_7b", "qwen2_5_7b", "openmath_nemotron_7b")),
+        *((name, 8, "Eight") for name in ("qwen3_8b", "r1_distill_llama_8b")),
+        *((name, 8, "Eight") for name in ("r1_distill_qwen_14b", "openmath_nemotron_14b")),
+    ],
+)
+def test_configurations_say_what_is_chosen_on_a_node_of_gpus(name, expected, in_words):
+    """And what it takes of each, with JAX's share of a card and with all that JAX can be given."""
+    path = ROOT / "configs" / f"{name}.py"
+    settings = config.freeze(runpy.run_path(str(path))["get_config"]())
+    cfg = dataclasses.replace(from_hf(SHAPES[settings.model.path], name), attention="cudnn")
+    mesh, length = devices_of("NVIDIA H100 80GB HBM3", 8, 8), 9296
+    mesh.shape["tensor"] = settings.mesh.tensor
+    for fraction in (0.75, 0.92):
+        memory = fraction * 79.1 * 2**30 - 12 * cfg.num_params / 8  # weights and moments
+        sizes = CHOICES | {"slots": settings.rollout.slots, "length": length}
+        assert layout.choose_tensor(cfg, mesh, "bfloat16", memory=memory, **sizes) == expected
+    said = " ".join(path.read_text().split())
+    slot = ModelCosts(cfg, "bfloat16", expected).token_bytes * length / 1e9
+    weights = 2 * cfg.num_params / expected / 1e9
+    assert f"{in_words} H100s share a copy" in said and f"{weights:.1f} GB on each, and at most {slot:.2f} GB" in said
 
 
 def test_the_choice_fits_memory_and_slots():
