@@ -60,8 +60,8 @@ def packed_splash_attention(
     """Computes the attention of a packed sequence with the TPU's kernel: what `segments.readable` allows is read.
 
     On a mesh, `data` times `fsdp` must divide S, and `tensor` must divide the kv heads. F is at most MOST_TOKENS
-    (`attention.check_tokens`). The tokens of a segment stand
-    in their order, one after another, and completions before all prefixes. Blocks without anything to read are skipped.
+    (`attention.check_tokens`). The tokens of a segment stand in their order, one after another, and completions before
+    all prefixes. Blocks without anything to read are skipped.
 
     Args:
         q: [S, F, N, H].
