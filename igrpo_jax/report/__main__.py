@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
     for shown in pages.build(values.workdir, values.out):
         conclusion = shown.summary.conclusion
         about = f"{shown.name}: {conclusion.answer}. {'; '.join(conclusion.reasons)}."
-        for text in (about, *(f"  {text}" for text in (*shown.summary.alerts, *shown.notes))):
+        versus = [f"{sentence}." for sentence in shown.versus]
+        for text in (about, *(f"  {text}" for text in (*versus, *shown.summary.alerts, *shown.notes))):
             print(printable(text, sys.stdout.encoding))
     print(f"written to {values.out or values.workdir[0].rstrip('/') + '/report'}/index.html")
 

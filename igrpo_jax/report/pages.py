@@ -20,7 +20,7 @@ import jinja2
 from igrpo_jax import __version__
 from igrpo_jax.errors import InputError
 from igrpo_jax.outputs.files import write_atomically
-from igrpo_jax.report import charts, figures, panels, runs, samples, settings, summary
+from igrpo_jax.report import charts, figures, panels, runs, samples, settings, summary, versus
 from igrpo_jax.report.plots import Panel
 from igrpo_jax.report.runs import RecordedRun
 from igrpo_jax.storage.addresses import is_remote, names, path_of, refusing
@@ -48,6 +48,7 @@ class Shown:
     notes: list[str]
     last_step: int | None  # last step with samples
     flagged: list[tuple[str, int]]  # names of samples.FLAGS, and how many prompts of the last step have such a sample
+    versus: list[str]  # sentences that compare it with the first run of the report
 
 
 def build(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> list[Shown]:
@@ -86,7 +87,7 @@ def _write(out: Path, recorded: list[RecordedRun]) -> list[Shown]:
         sections = figures.write(counted, out / "plots")
         charts.write(out / "data" / "plots.js", sections, counted)
         trained = panels.trained(counted)
-        shown = [_shown(run, sampled, trained) for run, sampled in zip(counted, written, strict=True)]
+        shown = [_shown(run, sampled, trained, counted[0]) for run, sampled in zip(counted, written, strict=True)]
         _write_pages(out, counted, shown, sections, any(sampled.index for sampled in written))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error}); give another folder") from error
@@ -119,19 +120,26 @@ def _with_counts(run: RecordedRun, written: samples.Written) -> RecordedRun:
     return replace(run, metrics=run.metrics | metrics, notes=[*run.notes, *written.notes])
 
 
-def _shown(run: RecordedRun, written: samples.Written, trained: str) -> Shown:
-    """Returns the parts of a run that index.html shows; `trained` is the name of the trained completions."""
+def _shown(run: RecordedRun, written: samples.Written, trained: str, first: RecordedRun) -> Shown:
+    """Returns the parts of a run that index.html shows.
+
+    Args:
+        trained: name of the trained completions.
+        first: the first run of the report.
+    """
     last = written.index[-1]["step"] if written.index else None
     flagged = written.counts[last].flagged if written.index else {}
     listed = [(name, flagged[name]) for name in samples.FLAGS if name in flagged]
-    return Shown(run.name, run.folder, summary.summary(run, trained), settings.of(run), run.notes, last, listed)
+    told, against = summary.summary(run, trained), [] if run is first else versus.sentences(first, run)
+    return Shown(run.name, run.folder, told, settings.of(run), run.notes, last, listed, against)
 
 
-def _compared(shown: Sequence[Shown]) -> dict[str, list[summary.Change | None]]:
+def _compared(shown: Sequence[Shown], recorded: Sequence[RecordedRun]) -> dict[str, list[summary.Change | None]]:
     """Returns by name the change of every run, None if a run lacks it; empty if there is only one run."""
     if len(shown) == 1:
         return {}
-    by_run = [{change.name: change for change in run.summary.changes} for run in shown]
+    rows = [[*of.summary.changes, *versus.totals(run)] for of, run in zip(shown, recorded, strict=True)]
+    by_run = [{change.name: change for change in changes} for changes in rows]
     names = dict.fromkeys(name for changes in by_run for name in changes)
     return {name: [changes.get(name) for changes in by_run] for name in names}
 
@@ -154,7 +162,8 @@ def _write_pages(
         "version": __version__,
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
         "runs": shown,
-        "compared": _compared(shown),
+        "compared": _compared(shown, recorded),
+        "trained": panels.trained(recorded),
         "differing": settings.differing(recorded),
         "run_colours": len(figures.RUNS),
         "sections": sections,

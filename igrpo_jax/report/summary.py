@@ -81,7 +81,11 @@ def _spans(run: RecordedRun) -> dict[str, Span]:
     """Returns the first and the last evaluation of each benchmark, compared problem by problem where they can be."""
     curves = {name: run.curve(f"eval/{name}/pass@1").steps.tolist() for name in run.benchmarks}
     ends = {name: (steps[0], steps[-1]) for name, steps in curves.items()}
-    compared = {pair: _compared_folders(run.folder / "evaluations", *pair) for pair in set(ends.values())}
+    folder = lambda step: run.folder / "evaluations" / f"step_{step:06d}"
+    compared = {
+        (first, last): compared_folders(folder(first), folder(last)) if first != last else ("", {})
+        for first, last in set(ends.values())
+    }
     spans = {}
     for name, (first, last) in ends.items():
         obstacle, pairs = compared[first, last]
@@ -91,17 +95,23 @@ def _spans(run: RecordedRun) -> dict[str, Span]:
     return spans
 
 
-def _compared_folders(folder: Path, first: int, last: int) -> tuple[str, dict[str, comparison.Paired | None]]:
+def compared_folders(first: Path, second: Path) -> tuple[str, dict[str, comparison.Paired | None]]:
     """Returns the settings by which two evaluations differ, as text, and their paired comparison by benchmark."""
-    if first == last:
-        return "", {}
-    both = [folder / f"step_{step:06d}" for step in (first, last)]
-    other = changed(*map(read_settings, both))
+    other = changed(read_settings(first), read_settings(second))
     obstacle = "; ".join(f"{name} was {before} and then {after}" for name, (before, after) in other.items())
     try:
-        return obstacle, comparison.paired(*both)
+        return obstacle, comparison.paired(first, second)
     except (InputError, KeyError, TypeError, OSError):
         return obstacle, {}
+
+
+def paired_text(pair: comparison.Paired) -> str:
+    """Returns a change with its interval, and on how many problems it rests."""
+    interval = f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+    counts = f"{pair.problems:,} problems in pairs, {pair.better:,} better and {pair.worse:,} worse"
+    if pair.left_out:
+        counts += f"; {pair.left_out:,} in one evaluation only are left out"
+    return f"{100 * pair.change:+.1f} points, {interval}, {counts}"
 
 
 def _conclusion(run: RecordedRun, spans: dict[str, Span]) -> Conclusion:
@@ -142,11 +152,7 @@ def _compared(run: RecordedRun, name: str, span: Span) -> tuple[str, str]:
     if span.obstacle:
         return "open", f"{change}, but these two evaluations are not comparable: {span.obstacle}"
     if pair is not None:
-        interval = f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
-        counts = f"{pair.problems:,} problems in pairs, {pair.better:,} better and {pair.worse:,} worse"
-        if pair.left_out:
-            counts += f"; {pair.left_out:,} in one evaluation only are left out"
-        change += f": {100 * pair.change:+.1f} points, {interval}, {counts}"
+        change += f": {paired_text(pair)}"
         sure = pair.p_value < CHANCE  # the bootstrap alone is too sure where few problems changed
         risen, fallen = sure and pair.low > 0, sure and pair.high < 0
         doubt = f"an exact sign test leaves that open (p = {pair.p_value:.2g})"
@@ -192,7 +198,7 @@ def _changes(run: RecordedRun, trained: str, spans: dict[str, Span]) -> list[Cha
         (f"solve rate, {trained}", "trained", run.curve("rewards/accuracy/mean"), "%"),
         ("solve rate, best draft", "best", run.curve("draft/solved_some", "draft/solved_all"), "%"),
         ("solve rate, drafts", "draft", run.curve("draft/accuracy"), "%"),
-        ("reward", "trained", run.curve("reward"), ".2f"),
+        (f"reward, {trained}", "trained", run.curve("reward"), ".2f"),
         (f"length, {trained}", "", run.curve("completions/mean_length"), ",.1f"),
         ("entropy, nats/token", "", run.curve("entropy"), ".3f"),
     ]
@@ -232,13 +238,14 @@ def _facts(run: RecordedRun) -> list[str]:
         unit = "examples" if run.is_sft else "prompts"
         facts += [kind, f"{run.setting('prompts_per_step')} {unit} a step"]
     if seconds := run.curve("perf/step_time"):
-        facts.append(f"{np.median(seconds.values):.3g} s a step, {_duration(seconds.values.sum())} of steps in all")
+        facts.append(f"{np.median(seconds.values):.3g} s a step, {duration(seconds.values.sum())} of steps in all")
     if ends := run.curve("perf/wall_time"):
         facts.append(f"last row {datetime.fromtimestamp(ends.values[-1]):%Y-%m-%d %H:%M}")
     return facts
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Returns a time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -325,17 +325,41 @@ def test_evaluations_of_other_settings_or_problems_are_not_compared(tmp_path):
     assert [change.tone for change in found.changes] == ["good", "", "good"]
 
 
+def test_runs_are_compared_by_their_last_single_shots_and_by_what_they_took(tmp_path):
+    """Of the first two the rows are there, of other settings in the third; the fourth lacks them, and has no b."""
+    took = {"perf/step_time": 2.0, "perf/completion_tokens": 1000}
+    for name, right, more in (
+        ("grpo", range(16), {}),
+        ("igrpo", range(8, 30), {"perf/draft_tokens": 500, "refine/copy_ratio": 0.5}),
+        ("other", range(40), {}),
+        ("lost", (), {}),
+    ):
+        rows = [row | took | more for row in evaluated(0.1, 0.4)]
+        folder = write(tmp_path / name, rows + evaluated(0.5, 0.5, name="c") * (name == "lost"), {})
+        if right:
+            write_evaluation(folder, 10, right, settings={"samples": 1} if name == "other" else {"samples": 2})
+    folders = [tmp_path / name for name in ("grpo", "igrpo", "other", "lost")]
+    first, *others = pages.build(folders, tmp_path / "out")
+    (igrpo,), (other,), (lost,) = (shown.versus for shown in others)
+    assert first.versus == []
+    assert igrpo.startswith("Single-shot pass@1 on b, grpo at step 10 and igrpo at step 10: 40.0% and 55.0%, ")
+    assert "igrpo - grpo = +15.0 points, 95 % interval " in igrpo and igrpo.endswith("14 better and 8 worse")
+    assert other.endswith("in more than the model: samples was 2 and then 1") and "not compared" in lost
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert igrpo in page and "refinements see a draft, other completions do not" in page
+    cells = re.search(r"<th>tokens sampled</th>(.*)</tr>", page)[1]
+    assert re.findall(r"<b>(.*?)</b>", cells) == ["2,000", "3,000", "2,000", "2,000"]
+    assert "<th>time of all steps</th>" in page and "4 s" in page
+
+
 def test_changes_compare_means_of_both_ends(tmp_path):
     numbers = range(1, 21)
     rows = [{"step": i, "loss": 0, "reward": i, "entropy": i**-2, "rewards/accuracy/mean": 0.25} for i in numbers]
     found = summary.summary(read(write(tmp_path / "run", rows, {"steps": 30})), "completions")
     changes = {change.name: change for change in found.changes}
-    assert (changes["reward"].first, changes["reward"].last, changes["reward"].difference) == (
-        "1.50",
-        "19.50",
-        "+18.00",
-    )
-    assert changes["reward"].tone == "good" and changes["entropy, nats/token"].tone == ""
+    reward = changes["reward, completions"]
+    assert (reward.first, reward.last, reward.difference, reward.tone) == ("1.50", "19.50", "+18.00", "good")
+    assert changes["entropy, nats/token"].tone == ""
     assert changes["solve rate, completions"].difference == "+0.0" and changes["solve rate, completions"].tone == ""
     assert "2 steps" in found.over and "step 20 of 30" in found.facts
     assert any(alert.startswith("entropy collapse") for alert in found.alerts)

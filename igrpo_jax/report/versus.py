@@ -1,0 +1,44 @@
+"""What a report of several runs says of each against the first: the single shot, problem by problem, and the budget."""
+
+from pathlib import Path
+
+import numpy as np
+
+from igrpo_jax.evaluation.comparison import Paired
+from igrpo_jax.report.runs import RecordedRun
+from igrpo_jax.report.summary import Change, compared_folders, duration, paired_text
+
+
+def sentences(first: RecordedRun, run: RecordedRun) -> list[str]:
+    """Returns by how much the last single shot of `run` is better than that of `first`, for each benchmark of both."""
+    said, compared = [], {}
+    for name in (name for name in first.benchmarks if name in run.benchmarks):
+        steps = [int(each.curve(f"eval/{name}/pass@1").steps[-1]) for each in (first, run)]
+        both = _folder(first, steps[0]), _folder(run, steps[1])
+        if both not in compared:
+            compared[both] = compared_folders(*both)
+        obstacle, pairs = compared[both]
+        ends = f"{first.name} at step {steps[0]} and {run.name} at step {steps[1]}"
+        said.append(f"Single-shot pass@1 on {name}, {ends}: {_difference(first, run, obstacle, pairs.get(name))}")
+    return said
+
+
+def totals(run: RecordedRun) -> list[Change]:
+    """Returns what a run has taken so far, as rows of the table of several runs."""
+    tokens = [run.curve(f"perf/{stage}_tokens").values.sum() for stage in ("draft", "completion")]
+    seconds = run.curve("perf/step_time").values
+    texts = {"tokens sampled": f"{sum(tokens):,.0f}" if any(tokens) else ""}
+    if len(seconds):
+        texts |= {"time of a step, median": f"{np.median(seconds):.3g} s", "time of all steps": duration(seconds.sum())}
+    return [Change(name, "", "", text, "", "") for name, text in texts.items() if text]
+
+
+def _folder(run: RecordedRun, step: int) -> Path:
+    return run.folder / "evaluations" / f"step_{step:06d}"
+
+
+def _difference(first: RecordedRun, run: RecordedRun, obstacle: str, pair: Paired | None) -> str:
+    if pair is None:
+        return "not compared, because the rows of an evaluation are missing, or no problem is in both"
+    text = f"{pair.first:.1%} and {pair.second:.1%}, {run.name} - {first.name} = {paired_text(pair)}"
+    return f"{text}; the evaluations differ in more than the model: {obstacle}" if obstacle else text
