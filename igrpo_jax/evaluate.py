@@ -2,7 +2,7 @@
 
 MODEL is the folder of a run (its newest checkpoint, or that of --step N), a Hugging Face directory or a hub id.
 --samples K, --rounds R and --benchmarks set the fields of these names in `evaluation`; --config may be left out.
-The same command resumes where it was killed or preempted, and --compare A,B compares two such OUTs instead.
+The same command resumes where it was killed or preempted. --compare A,B compares two such OUTs, or two runs, instead.
 
 jax is imported inside functions only: the verifier's worker processes import this module too.
 """
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
         folders = [folder.strip() for folder in values["compare"].split(",")]
         if len(folders) != 2:
             raise InputError(f"--compare {values['compare']}: give two folders, A,B")
-        text = compare(*(reading.local(f"--compare {folder}", folder) for folder in folders))
+        wanted = lambda name: "/" not in name or name.startswith("evaluations/")  # of a run in a bucket
+        text = compare(*(reading.local(f"--compare {folder}", folder, wanted) for folder in folders))
         print(printable(text, sys.stdout.encoding), end="")  # no `Console`, which would take the accelerator
         return
     for flag, fix in (("model", "the folder of a run, a Hugging Face directory or a hub id"), ("workdir", "a folder")):

@@ -14,7 +14,7 @@ from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.evaluation import measures
 from igrpo_jax.evaluation.results import benchmark_of, read_rows
 from igrpo_jax.evaluation.summary_tables import percent
-from igrpo_jax.outputs.evaluation_settings import MODEL, cell, read_settings
+from igrpo_jax.outputs.evaluation_settings import MODEL, cell, last_evaluation, read_settings
 from igrpo_jax.outputs.lines import plain_text
 
 
@@ -61,9 +61,13 @@ def paired(first: Path, second: Path) -> dict[str, Paired | None]:
 def compare(first: Path, second: Path) -> str:
     """Returns the differences of two evaluations besides the model, and `paired` as a Markdown table.
 
+    Args:
+        first, second: folder of an evaluation, or of a run, whose last evaluation is meant.
+
     Raises:
         InputError: as `paired` does, and where no problem of a benchmark is in both.
     """
+    first, second = last_evaluation(first), last_evaluation(second)
     benchmarks, settings = _common(first, second), [read_settings(folder) for folder in (first, second)]
     for name, both in benchmarks.items():
         if not _share(*both):
@@ -185,7 +189,9 @@ def _rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
         if shot := [row for row in read_rows(path) if not row["drafts"]]:
             rows.setdefault(benchmark_of(path), []).extend(shot)
     if not rows:
-        raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one")
+        raise InputError(
+            f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one, or of a run that has evaluations"
+        )
     return {name: sorted(part, key=lambda row: row["index"]) for name, part in rows.items()}
 
 

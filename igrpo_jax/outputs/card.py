@@ -17,7 +17,7 @@ from igrpo_jax import __version__
 from igrpo_jax.config import Config, to_dict
 from igrpo_jax.data import readers
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
-from igrpo_jax.outputs.evaluation_settings import changed, read_settings
+from igrpo_jax.outputs.evaluation_settings import changed, evaluation_folder, read_settings
 from igrpo_jax.outputs.workdir import SFT
 from igrpo_jax.storage.addresses import names
 
@@ -48,7 +48,7 @@ def model_card(config: Config, workdir: Path, step: int, name: str, adapter: boo
         adapter: whether the repository holds only LoRA's adapters.
     """
     measured = {at: _measured(workdir, at) for at in dict.fromkeys((0, step))}
-    other = changed(*(read_settings(_evaluation(workdir, at)) for at in (0, step)))
+    other = changed(*(read_settings(evaluation_folder(workdir, at)) for at in (0, step)))
     data = huggingface_hub.ModelCardData(
         model_name=name.partition("/")[2],
         base_model=_hub_id(config.model.path),
@@ -143,14 +143,10 @@ def _results(measured: dict[int, dict[str, Any]], step: int, other: dict[str, tu
     return "\n".join(lines)
 
 
-def _evaluation(workdir: Path, step: int) -> Path:
-    return workdir / "evaluations" / f"step_{step:06d}"
-
-
 def _measured(workdir: Path, step: int) -> dict[str, Any]:
     """Returns the summaries of the evaluation that the run made after `step`, by benchmark; {} if it made none."""
     try:
-        return json.loads((_evaluation(workdir, step) / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
+        return json.loads((evaluation_folder(workdir, step) / "summary.json").read_text(encoding="utf-8"))["benchmarks"]
     except (OSError, ValueError, KeyError):
         return {}
 

@@ -1,4 +1,4 @@
-"""The settings that evaluation.json records, and those of them by which two evaluations of a model differ."""
+"""Where a run writes its evaluations, the settings that each records, and those by which two of a model differ."""
 
 import json
 from collections.abc import Mapping
@@ -8,6 +8,16 @@ from typing import Any
 # The settings that say which model answered, and those that only the rounds of draft -> refine depend on.
 MODEL = ("model", "step", "weights_written", "chat_template", "tokenizer")
 ROUNDS = ("refine_instruction", "max_draft_length")
+
+
+def evaluation_folder(workdir: Path, step: int) -> Path:
+    """Returns the folder of the evaluation that the run in `workdir` makes at a step."""
+    return workdir / "evaluations" / f"step_{step:06d}"
+
+
+def last_evaluation(folder: Path) -> Path:
+    """Returns the folder of the last evaluation of the run in `folder`; `folder` itself where it holds none."""
+    return max(folder.glob("evaluations/step_*"), default=folder)
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import numpy as np
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import comparison
 from igrpo_jax.outputs.alerts import alerts, is_watched
-from igrpo_jax.outputs.evaluation_settings import changed, read_settings
+from igrpo_jax.outputs.evaluation_settings import changed, evaluation_folder, read_settings
 from igrpo_jax.report.runs import Curve, RecordedRun, counted
 
 CHANCE = 0.05  # p-value of the sign test below which a change counts as real
@@ -81,11 +81,10 @@ def _spans(run: RecordedRun) -> dict[str, Span]:
     """Returns the first and the last evaluation of each benchmark, compared problem by problem where they can be."""
     curves = {name: run.curve(f"eval/{name}/pass@1").steps.tolist() for name in run.benchmarks}
     ends = {name: (steps[0], steps[-1]) for name, steps in curves.items()}
-    folder = lambda step: run.folder / "evaluations" / f"step_{step:06d}"
-    compared = {
-        (first, last): compared_folders(folder(first), folder(last)) if first != last else ("", {})
-        for first, last in set(ends.values())
-    }
+    compared: dict[tuple[int, int], tuple[str, dict[str, comparison.Paired | None]]] = {}
+    for first, last in set(ends.values()):
+        both = (evaluation_folder(run.folder, step) for step in (first, last))
+        compared[first, last] = compared_folders(*both) if first != last else ("", {})
     spans = {}
     for name, (first, last) in ends.items():
         obstacle, pairs = compared[first, last]

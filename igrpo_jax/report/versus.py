@@ -1,10 +1,9 @@
 """What a report of several runs says of each against the first: the single shot, problem by problem, and the budget."""
 
-from pathlib import Path
-
 import numpy as np
 
 from igrpo_jax.evaluation.comparison import Paired
+from igrpo_jax.outputs.evaluation_settings import evaluation_folder
 from igrpo_jax.report.runs import RecordedRun
 from igrpo_jax.report.summary import Change, compared_folders, duration, paired_text
 
@@ -14,7 +13,7 @@ def sentences(first: RecordedRun, run: RecordedRun) -> list[str]:
     said, compared = [], {}
     for name in (name for name in first.benchmarks if name in run.benchmarks):
         steps = [int(each.curve(f"eval/{name}/pass@1").steps[-1]) for each in (first, run)]
-        both = _folder(first, steps[0]), _folder(run, steps[1])
+        both = evaluation_folder(first.folder, steps[0]), evaluation_folder(run.folder, steps[1])
         if both not in compared:
             compared[both] = compared_folders(*both)
         obstacle, pairs = compared[both]
@@ -31,10 +30,6 @@ def totals(run: RecordedRun) -> list[Change]:
     if len(seconds):
         texts |= {"time of a step, median": f"{np.median(seconds):.3g} s", "time of all steps": duration(seconds.sum())}
     return [Change(name, "", "", text, "", "") for name, text in texts.items() if text]
-
-
-def _folder(run: RecordedRun, step: int) -> Path:
-    return run.folder / "evaluations" / f"step_{step:06d}"
 
 
 def _difference(first: RecordedRun, run: RecordedRun, obstacle: str, pair: Paired | None) -> str:

@@ -27,6 +27,7 @@ from igrpo_jax.models.policy import export_dtype
 from igrpo_jax.outputs import hub
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs.evaluation_settings import evaluation_folder
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Group
 from igrpo_jax.rewards.failures import VerifierError
@@ -129,7 +130,7 @@ class Run:
             VerifierError: more gradings failed than config.rewards.max_error_fraction allows; the other answers are
                 kept as on a preemption.
         """
-        out = self.workdir / "evaluations" / f"step_{step:06d}"
+        out = evaluation_folder(self.workdir, step)
         began = time.perf_counter()
         settings = {"model": str(resolved(self.workdir)), "step": step}
         settings |= results.settings(self.config, self.evaluator.plan.max_new_tokens)

@@ -45,6 +45,13 @@ def test_two_folders_compared(tmp_path):
         comparison.compare(tmp_path / "empty", first)
 
 
+def test_of_a_run_the_last_evaluation_is_compared(tmp_path):
+    first = folder(tmp_path / "a", {0: [0], 1: [0]})
+    folder(tmp_path / "run" / "evaluations" / "step_000009", {0: [0], 1: [0]})
+    last = folder(tmp_path / "run" / "evaluations" / "step_000010", {0: [1], 1: [0]})
+    assert comparison.compare(first, tmp_path / "run") == comparison.compare(first, last)
+
+
 def test_an_evaluation_that_was_killed_is_called_incomplete(tmp_path):
     """Every problem has answers, and the first as many as in the complete one."""
     whole = folder(tmp_path / "a", {0: [0, 1, 1], 1: [1, 0, 1]}, settings={"model": "m"})
