@@ -189,9 +189,8 @@ def _rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
         if shot := [row for row in read_rows(path) if not row["drafts"]]:
             rows.setdefault(benchmark_of(path), []).extend(shot)
     if not rows:
-        raise InputError(
-            f"--compare: {str(folder)!r} holds no rows of an evaluation; give the --workdir of one, or of a run that has evaluations"
-        )
+        fix = "give the --workdir of one, or of a run that made one"
+        raise InputError(f"--compare: {str(folder)!r} holds no rows of an evaluation; {fix}")
     return {name: sorted(part, key=lambda row: row["index"]) for name, part in rows.items()}
 
 
