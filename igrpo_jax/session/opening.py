@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from igrpo_jax.config import Config
+from igrpo_jax.config import Config, freeze, to_dict
 from igrpo_jax.data.builtin import TASKS
 from igrpo_jax.distributed import chips, cluster, watchdog
 from igrpo_jax.distributed.compiling import ProgramShapes, compiling
@@ -32,7 +32,14 @@ from igrpo_jax.models import decoder, hf_write
 from igrpo_jax.outputs import hub, weights
 from igrpo_jax.outputs.checkpoint import Checkpointer
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.outputs.workdir import check_workdir, has_samples, prepare_workdir, record_settings, recorded_date
+from igrpo_jax.outputs.workdir import (
+    check_workdir,
+    has_samples,
+    prepare_workdir,
+    read_config,
+    record_settings,
+    recorded_date,
+)
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.rewards.verifier import Verifier
 from igrpo_jax.sampling import page_count
@@ -113,8 +120,6 @@ def _start(inputs: RunInputs, context: RunContext) -> tuple[Run, TrainState]:
     stack.enter_context(showing_waits(console.waiting))
     parts = _Parts(inputs, training, context)
     begun = _new_run(parts) if latest is None else _resumed(parts, checkpointer, latest)
-    if resumes:
-        cluster.from_first(functools.partial(_record_resume, workdir, config))
     run = Run(
         config=config,
         workdir=workdir,
@@ -130,6 +135,7 @@ def _start(inputs: RunInputs, context: RunContext) -> tuple[Run, TrainState]:
         progress=begun.progress,
         check_lock=still_ours,
     )
+    run = _recorded(run) if resumes else run
     console.start(inputs.total_steps, run.resumed_after, config.log.every, run.writer.history, run.progress.scores)
     _evaluate_start(run, begun.state, is_new=latest is None)
     return run, begun.state
@@ -191,6 +197,22 @@ def _first_program_shapes(inputs: RunInputs, engine: Engine, latest: int | None)
     if drafts and algorithm.draft_early_stop:
         samples = 1
     return engine.first_program_shapes([len(prompt.tokens) for prompt in prompts], samples)
+
+
+def _recorded(run: Run) -> Run:
+    """Records the settings with which a run is resumed; one that has nothing left to do keeps those it was made with.
+
+    Returns:
+        The run with the settings that are recorded.
+    """
+    config, workdir = run.config, run.workdir
+    if run.resumed_after == run.inputs.total_steps and not run.lacks_evaluation(run.resumed_after):
+        made = freeze(cluster.from_first(lambda: to_dict(read_config(workdir))))
+        if told := resuming.unused_settings(made, config, workdir):
+            run.console.message(told)
+        config = resuming.kept_settings(made, config)
+    cluster.from_first(functools.partial(_record_resume, workdir, config))
+    return replace(run, config=config)
 
 
 def _record_resume(workdir: Path, config: Config) -> None:
@@ -267,7 +289,7 @@ def _warm(inputs: RunInputs, params: decoder.Params, writer: Writer, console: Co
 def _evaluate_start(run: Run, state: TrainState, is_new: bool) -> None:
     """Evaluates and saves a new run before its first step; in a resumed run, makes up for an evaluation it lacks."""
     step = run.resumed_after
-    if run.evaluation_due(step) and step not in run.progress.scores:
+    if run.lacks_evaluation(step):
         with run.saving_at_end(step, state):  # the answers so far belong to this state
             run.evaluate(state.params, step)
     if is_new:

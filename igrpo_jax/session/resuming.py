@@ -1,8 +1,9 @@
-"""What a resume refuses and tells: a run that is past its end, lost rows, and a learning rate that changes."""
+"""What a resume refuses and tells: an end that is passed, lost rows, settings without use, another learning rate."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from igrpo_jax.config import Config
+from igrpo_jax.config import Config, differences, to_dict
 from igrpo_jax.errors import InputError
 from igrpo_jax.learning.optimizer import make_schedule
 from igrpo_jax.outputs.console import Console
@@ -31,6 +32,29 @@ def tell_lost_rows(rows: int, expected: int, step: int, console: Console) -> Non
             f"metrics.jsonl has {rows} rows up to step {step}, {expected} were written: the missing rows cannot be "
             "recovered"
         )
+
+
+def unused_settings(made: Config, asked: Config, workdir: Path) -> str:
+    """Returns the message on settings of evaluations that a finished run does not follow any more; "" for none.
+
+    Args:
+        made: the settings that the run has been made with.
+        asked: those that it is started again with.
+    """
+    old, new = (to_dict(config)["evaluation"] for config in (made, asked))
+    changed = differences(old, new, "config.evaluation.")
+    if not changed:
+        return ""
+    return (
+        f"the run is finished, so nothing was evaluated with the changed settings ({', '.join(changed)}), and "
+        f"config.json keeps the old ones; to evaluate with others, run python -m igrpo_jax.evaluate --model {workdir}"
+    )
+
+
+def kept_settings(made: Config, asked: Config) -> Config:
+    """Returns the settings of a finished run, `made` with those of an export, which is all that it still does."""
+    export, push = asked.checkpoint.export, asked.checkpoint.push
+    return replace(made, checkpoint=replace(made.checkpoint, export=export, push=push))
 
 
 def new_schedule(config: Config, before: int, now: int, resumed_after: int) -> str:

@@ -119,6 +119,10 @@ class Run:
         every = self.config.evaluation.every
         return every > 0 and (step % every == 0 or step == self.inputs.total_steps)
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Returns whether `step` ends with an evaluation that has no scores yet."""
+        return self.evaluation_due(step) and step not in self.progress.scores
+
     def evaluate(self, params: decoder.Params, step: int) -> None:
         """Evaluates the policy after `step`, and writes its scores under that step.
 

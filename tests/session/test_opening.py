@@ -1,15 +1,21 @@
 """The order in which a run is opened: inputs are tested, the table is printed, and only then are programs compiled."""
 
+import dataclasses
+import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 from whole_runs import settings
 
-from igrpo_jax import train
+from igrpo_jax import config, train
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.distributed.teams import Team
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.session import opening, run_inputs
+from igrpo_jax.session.progress import Progress
+from igrpo_jax.session.run import Run
 
 REWARD = """
 def brevity(prompts, completions, **columns):
@@ -54,3 +60,34 @@ def test_the_table_comes_after_the_users_reward_and_before_anything_is_compiled(
     assert "programs to compile" in rows and any("brevity" in f"{name} {value}" for name, value in rows.items())
     assert rows["evaluation"].startswith("off: evaluation.benchmarks given, but evaluation.every = 0; ")
     sys.modules.pop("my_reward", None)
+
+
+MADE = config.EvaluationConfig(every=1, samples=2, benchmarks=("arithmetic",))
+
+
+@pytest.mark.parametrize(
+    ("scores", "steps", "is_kept"),
+    [({5: {"eval/arithmetic/pass@1": 0.5}}, 5, True), ({}, 5, False), ({5: {}}, 6, False)],
+    ids=["finished", "its last evaluation is missing", "more steps"],
+)
+def test_a_finished_run_keeps_the_settings_of_its_evaluations(tmp_path, scores, steps, is_kept):
+    """config.json, and the report with it, said that the scores came from settings that were never used."""
+    made = config.Config(steps=5, evaluation=MADE)
+    asked = dataclasses.replace(
+        made,
+        steps=steps,
+        evaluation=dataclasses.replace(MADE, samples=4),
+        checkpoint=config.CheckpointConfig(export=True, every=7),
+    )
+    workdirs.prepare_workdir(tmp_path, made)
+    printed = io.StringIO()
+    with Console(printed) as console:
+        nothing = dict.fromkeys(field.name for field in dataclasses.fields(Run))
+        given = {"config": asked, "workdir": tmp_path, "console": console, "resumed_after": 5}
+        given |= {"inputs": SimpleNamespace(total_steps=steps), "progress": Progress(scores)}
+        run = opening._recorded(Run(**nothing | given))
+    exported = dataclasses.replace(made, checkpoint=config.CheckpointConfig(export=True))
+    assert run.config == workdirs.read_config(tmp_path) == (exported if is_kept else asked)
+    told = printed.getvalue()
+    assert ("nothing was evaluated with the changed settings (config.evaluation.samples: 2 -> 4)" in told) == is_kept
+    assert (f"python -m igrpo_jax.evaluate --model {tmp_path}" in told) == is_kept
