@@ -532,10 +532,11 @@ def test_custom_rewards_are_called_with_right_and_wrong_answers(tmp_path, monkey
         return open_inputs(dataclasses.replace(c, rewards=dataclasses.replace(c.rewards, functions=paths))).notes
 
     both = "1 for a right answer, 0 for a wrong one"  # of either problem
-    assert notes("is_right", "never") == [
-        ("reward is_right", both),
-        ("reward never", both.replace("1", "None").replace("0", "None")),
-    ]
+    (right, never) = notes("is_right", "never")
+    assert right == ("reward is_right", both)
+    alike = re.escape(both.replace("1", "None").replace("0", "None"))
+    tried = r" \(right was '<think>It is \\\\boxed\{(\d+)\}\. Done\.</think><answer>\1</answer>'\)"
+    assert never[0] == "reward never" and re.fullmatch(alike + tried, never[1])
     with pytest.raises(InputError) as refused:
         notes("is_right", "by_reference")
     assert re.fullmatch(
@@ -588,13 +589,15 @@ def test_a_finished_run_compiles_nothing_and_reads_neither_model_nor_problems(wh
 @pytest.mark.slow
 def test_a_finished_run_is_not_run_again(whole, tmp_path):
     """Also where its note is gone, with fewer slots and smaller micro-batches, as after want of memory. A row that was
-    lost is missed."""
+    lost is missed, and config.json keeps the settings of what was evaluated."""
     workdir = shutil.copytree(whole[0], tmp_path / "copy")
     (workdir / "finished.json").unlink()
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(lines[1:]))
-    said = run(tmp_path, workdir, "rollout.slots=1", "learner.tokens_per_microbatch=256")
+    kept = (workdir / "config.json").read_text()
+    said = run(tmp_path, workdir, "rollout.slots=1", "learner.tokens_per_microbatch=256", "evaluation.samples=3")
     assert "resumed after 5" in said and "missing rows" in said
+    assert "nothing was evaluated" in said and (workdir / "config.json").read_text() == kept
     assert (workdir / "metrics.jsonl").read_text() == "".join(lines[1:])
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from igrpo_jax.config import Config, JudgeConfig, LogConfig
+from igrpo_jax.config import Config, LogConfig
 from igrpo_jax.data import order, problems
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.evaluation import planning
 from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
@@ -104,7 +104,7 @@ def open_inputs(config: Config, recorded_date: str | None = None) -> RunInputs:
     evaluation_plan = planning.make_plan(config, asked, renderer, max_positions)
     check_best_metric(config, evaluation_plan)
     notes = training.notes + rehearsed_rewards(config, prompts, policy, renderer.opening)
-    notes += rehearsed_judge(config.rewards.judge, prompts[0], renderer.opening) + budget
+    notes += rehearsed_judge(config, prompts[0], renderer.opening) + budget
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
     shards = sharding.batch_shards(mesh)
@@ -129,7 +129,8 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
         opening: how the chat template begins a reply.
 
     Returns:
-        Name and values of each function, for the table that a run prints; nothing without custom rewards.
+        Name and values of each function, for the table that a run prints, with the right answer to the first problem
+        where all of its values are alike; nothing without custom rewards.
 
     Raises:
         InputError: a function failed.
@@ -140,7 +141,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
     batches = []
     for prompt in prompts[:2]:
         answers = (golds.alternatives(prompt.answer)[0], WRONG_ANSWER)
-        texts = [_reply(x, opening) for x in answers]
+        texts = [_reply(config, prompt, x, opening) for x in answers]
         row = functools.partial(Candidate, question=prompt.question, columns=prompt.columns)
         batches.append(
             [
@@ -153,11 +154,14 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
     notes = []
     for reward, by_problem in zip(rewards, values, strict=True):
         texts = [f"{right:g} for a right answer, {wrong:g} for a wrong one" for right, wrong in by_problem]
-        notes.append((f"reward {reward.name}", "; ".join(dict.fromkeys(texts)).replace("nan", "None")))
+        text = "; ".join(dict.fromkeys(texts)).replace("nan", "None")
+        if all(f"{right:g}" == f"{wrong:g}" for right, wrong in by_problem):
+            text += f" (right was {one_line(batches[0][0].text)!r})"
+        notes.append((f"reward {reward.name}", text))
     return notes
 
 
-def rehearsed_judge(settings: JudgeConfig, prompt: Prompt, opening: str) -> list[tuple[str, str]]:
+def rehearsed_judge(config: Config, prompt: Prompt, opening: str) -> list[tuple[str, str]]:
     """Asks the judge about a right answer to `prompt`.
 
     It is not asked where config.rewards.judge.cache is there already, whose verdicts may be all that a run needs.
@@ -168,9 +172,10 @@ def rehearsed_judge(settings: JudgeConfig, prompt: Prompt, opening: str) -> list
     Raises:
         RunError: it gave no verdict.
     """
+    settings = config.rewards.judge
     if not settings.weight or ((cache := verdicts.named(settings)) and cache.exists()):
         return []
-    text = _reply(golds.alternatives(prompt.answer)[0], opening)
+    text = _reply(config, prompt, golds.alternatives(prompt.answer)[0], opening)
     score = judge.rehearse(settings, prompt.question, prompt.answer, opening + text)
     return [("reward judge", f"{score:g} for a right answer")]
 
@@ -208,9 +213,17 @@ def checked_budget(config: Config) -> list[tuple[str, str]]:
     return [("judge", note)]
 
 
-def _reply(answer: str, opening: str) -> str:
-    """Returns a reply in the wanted format that states `answer`, without its `opening`."""
-    return f"{'' if '<think>' in opening else '<think>'}Done.</think><answer>{answer}</answer>"
+def _reply(config: Config, prompt: Prompt, answer: str, opening: str) -> str:
+    """Returns a reply to `prompt` that states `answer` in the form that is asked for, without its `opening`.
+
+    Where neither a box nor tags are asked for, it has a box in its thinking and then the tags.
+    """
+    asked = " ".join([config.data.system_prompt, config.data.instruction, prompt.question])
+    box, boxed, tagged = f"\\boxed{{{answer}}}", "\\boxed" in asked, "<answer>" in asked
+    stated = box if boxed else answer
+    thought = "Done." if boxed or tagged else f"It is {box}. Done."
+    stated = stated if boxed and not tagged else f"<answer>{stated}</answer>"
+    return f"{'' if '<think>' in opening else '<think>'}{thought}</think>{stated}"
 
 
 def check_prompts_per_step(config: Config, count: int, skipped: int) -> None:
