@@ -128,14 +128,15 @@ def test_where_the_verifier_fails_the_steps_before_are_saved(monkeypatch, tmp_pa
         def check(*_):
             fails[name] -= 1
             if fails[name] == 0:
-                raise VerifierError("too many gradings failed")
+                raise VerifierError("too many gradings failed", comes_again=name == "rollout")
 
         return check
 
     monkeypatch.setattr(evaluator, "check_errors", failing("evaluation"))
     monkeypatch.setattr(rollout, "check_errors", failing("rollout"))
     for step in range(2):
-        told = f"too many gradings failed; step {step} is saved in {workdir}; the same command resumes from there"
+        goes_on = "with that mended, a resume goes on" if step else "the same command resumes"
+        told = f"too many gradings failed; step {step} is saved in {workdir}; {goes_on} from there"
         with pytest.raises(VerifierError, match=re.escape(told)):
             train.train(c, workdir)
         assert {path.name for path in (workdir / "checkpoints").iterdir()} >= {str(step)}

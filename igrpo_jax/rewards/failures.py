@@ -11,7 +11,15 @@ FAILED = ("timeout", "error", "invalid")
 
 
 class VerifierError(RunError):
-    """So many gradings failed that training on the rest would teach the wrong thing."""
+    """So many gradings failed that training on the rest would teach the wrong thing.
+
+    Attributes:
+        comes_again: whether the same command would end in the same way, because reward functions gave no value.
+    """
+
+    def __init__(self, message: str, comes_again: bool = False):
+        super().__init__(message)
+        self.comes_again = comes_again
 
 
 def too_many_failed(statuses: Sequence[str], max_error_fraction: float) -> bool:
@@ -34,10 +42,17 @@ def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
     unjudged = [score for score in failed if score.status == "invalid" and math.isnan(score.rewards.get("judge", 0.0))]
     if unjudged:
         detail = f"the judge of config.rewards.judge (base_url, model, api_key_env) gave none: {unjudged[0].detail}"
-    hint = ". A larger config.rewards.timeout helps where the machine is overloaded" if count["timeout"] else ""
+    reason = f". The first: {detail}" if detail else ""
+    if count["timeout"]:
+        reason += ". A larger config.rewards.timeout helps where the machine is overloaded"
+    unvalued = count["invalid"] - len(unjudged)
+    if comes_again := unvalued / len(scores) > max_error_fraction:
+        reason = (
+            f". Every reward function returned None for {unvalued} of them: return a number, or raise "
+            "config.rewards.max_error_fraction"
+        )
     raise VerifierError(
         f"of {len(scores)} gradings {count['timeout']} timed out, {count['error']} failed and {count['invalid']} have "
-        f"no verdict: more than the share of {max_error_fraction} in config.rewards.max_error_fraction"
-        + (f". The first: {detail}" if detail else "")
-        + hint
+        f"no verdict: more than the share of {max_error_fraction} in config.rewards.max_error_fraction{reason}",
+        comes_again,
     )

@@ -193,7 +193,8 @@ class Run:
             raise preempted_after(step, self.inputs.total_steps, self.workdir) from None
         except VerifierError as error:  # all processes have it
             self.save_and_wait(step, state)
-            raise VerifierError(f"{error}; {saved_at(step, self.workdir)}") from error
+            saved = saved_at(step, self.workdir, error.comes_again)
+            raise VerifierError(f"{error}; {saved}", error.comes_again) from error
         except Exception as error:
             self._save_after(error, step, state)
             raise

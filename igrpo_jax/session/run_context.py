@@ -58,9 +58,14 @@ def _saved(workdir: Path) -> str:
     return f"the same command resumes from what is saved in {workdir}, if anything is"
 
 
-def saved_at(step: int, workdir: Path) -> str:
-    """Returns what a run that ends early says where `step` is its last saved one."""
-    return f"step {step} is saved in {workdir}; the same command resumes from there"
+def saved_at(step: int, workdir: Path, comes_again: bool = False) -> str:
+    """Returns what a run that ends early says where `step` is its last saved one.
+
+    Args:
+        comes_again: whether the same command would end there again.
+    """
+    resumes = "with that mended, a resume goes on" if comes_again else "the same command resumes"
+    return f"step {step} is saved in {workdir}; {resumes} from there"
 
 
 def preempted_after(step: int, total_steps: int, workdir: Path) -> Preempted:

@@ -239,8 +239,21 @@ def test_errors_stop_the_run():
         check_errors(failed + wrong[:1], 0.5)
     unjudged = Score(math.nan, {"accuracy": 1.0, "judge": math.nan}, "1", "invalid", detail="connection failed")
     stated = r"\. The first: the judge of config\.rewards\.judge \(base_url, .*\) gave none: connection failed"
-    with pytest.raises(VerifierError, match=stated):
+    with pytest.raises(VerifierError, match=stated) as caught:
         check_errors([*failed, unjudged], 0.5)
+    assert not caught.value.comes_again
+
+
+def test_rewards_that_return_none_too_often_are_named_with_the_fix():
+    """The same command, which was named as the way to go on, came to the same end."""
+    none = Score(math.nan, {"custom": math.nan}, None, "invalid", detail="every reward function returned None")
+    stated = r"Every reward function returned None for 2 of them: return .*raise config\.rewards\.max_error_fraction$"
+    with pytest.raises(VerifierError, match=stated) as caught:
+        check_errors([none, none, Score(math.nan, {}, None, "timeout")], 0.5)
+    assert caught.value.comes_again
+    with pytest.raises(VerifierError, match="The first: every reward") as caught:
+        check_errors([none, Score(math.nan, {}, None, "error")], 0.5)
+    assert not caught.value.comes_again
 
 
 def test_latency_is_that_of_the_worker():
