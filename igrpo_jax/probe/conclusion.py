@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from igrpo_jax.probe import draft_signal
 from igrpo_jax.probe.estimates import HALF_WIDTH, SHOWN, UNKNOWN, Estimate, problems_needed
 
-CLEAR = 0.3  # mean width of the intervals of trust and repair below which an unseen effect counts as none
+CLEAR = 0.3  # width of the intervals of success and effect of right, and of wrong, drafts: below it no effect is none
+MORE_CUT = 0.1  # fraction by which more refinements than plain answers are cut, from which a draft counts as disturbing
 LEAST_BOUND = 1e-3  # fraction of the success with drafts; a smaller bound on plain success is not reported
 CUT = 0.5  # fraction of plain answers; where surely more are cut, a reason names the length limit
 MOST = 100  # times the problems of a probe; where more are needed, it says no number
@@ -90,7 +91,7 @@ def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Conclusion:
         figures: those of `estimates.estimate`; and, where they were measured, `cosine` (between the gradient on plain
             prompts and that of the refinements), `reliance` (rho), `same_wrong` (fraction of the refinements of wrong
             drafts that state the draft's answer), `successes` (x, what GRPO would see in the run), and `cut_plain`
-            (fraction of plain answers that were cut).
+            and `cut_refined` (fractions of plain answers and of refinements that were cut).
     """
     behaviour = behaves(figures)
     answer, reasons = _signal(figures, setting)
@@ -103,6 +104,7 @@ def conclude(figures: Mapping[str, Estimate], setting: Setting) -> Conclusion:
         *([_unsolved(x)] if unsolved else []),
         *_rare(figures, setting),
         *_model(figures, behaviour),
+        *_more_cut(figures),
         *_needed(figures, setting),
         *_transfer(figures),
     ]
@@ -118,14 +120,28 @@ def behaves(figures: Mapping[str, Estimate]) -> str:
         return "copies"
     if repair.is_known and repair.high < 0:
         return "is misled"
-    share = figures["kept"].value
-    parts = [(share, trust), (1 - share, repair)]
-    if (
-        figures["refined"].value > 0
-        and sum(weight * (part.high - part.low) for weight, part in parts if weight) < CLEAR
-    ):  # False for NaN
+    if figures["refined"].value > 0 and not _too_few(figures) and not _more_cut(figures):
         return "ignores"
     return "unclear"
+
+
+def _too_few(figures: Mapping[str, Estimate]) -> list[str]:
+    """Returns which drafts, "right" or "wrong", are too few to say that they have no effect."""
+    effects = {"right": ("r", "trust"), "wrong": ("w", "repair")}
+    # Where no refinement is right, the bootstrap of the effect sees only the noise of plain answers.
+    is_clear = lambda figure: figure.high - figure.low < CLEAR  # False for NaN
+    return [draft for draft, names in effects.items() if not all(is_clear(figures[name]) for name in names)]
+
+
+def _more_cut(figures: Mapping[str, Estimate]) -> list[str]:
+    """Returns the reason where surely, and far, more refinements than plain answers are cut."""
+    plain, refined = figures.get("cut_plain", UNKNOWN), figures.get("cut_refined", UNKNOWN)
+    if not (refined.low > plain.high and refined.value - plain.value > MORE_CUT):  # True for NaN
+        return []
+    return [
+        f"{shown(refined)} of the refinements are cut at the limit and {shown(plain)} of the plain answers, so a draft "
+        "disturbs the model or makes its answers longer; a higher rollout.max_completion_length may change this"
+    ]
 
 
 def _signal(figures: Mapping[str, Estimate], setting: Setting) -> tuple[str, list[str]]:
@@ -270,12 +286,17 @@ def _rare(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
 
 def _model(figures: Mapping[str, Estimate], behaviour: str) -> list[str]:
     """Returns the reason about how the model uses drafts."""
+    few = " and ".join(_too_few(figures))
     meaning = {
         "repairs": "the model repairs",
         "copies": "the model trusts drafts, and no repair is seen",
         "is misled": "wrong drafts mislead the model",
         "ignores": "the model ignores drafts",
-        "unclear": "what the model makes of drafts is not clear at this many problems",
+        "unclear": (
+            f"too few {few} drafts to say what the model makes of them"
+            if few
+            else "what the model makes of drafts is not clear"
+        ),
     }[behaviour]
     parts = []
     for draft, success, alone in (("wrong", "w", "alone_wrong"), ("right", "r", "alone_right")):

@@ -111,6 +111,22 @@ def test_a_model_that_ignores_drafts_is_not_taken_for_one_that_trusts_them():
     assert figures["trust"].low < 0 < figures["trust"].high and figures["repair"].low < 0 < figures["repair"].high
 
 
+def test_a_model_is_said_to_ignore_drafts_only_where_no_effect_can_be_hidden():
+    """It was said of 48 problems with a few right drafts, none of whose refinements was right, and with a fifth cut."""
+    figures = estimate(simulated(0.02, 0.02, 0.02))
+    figures |= {"cut_plain": Estimate(0.003, 0.0, 0.008), "cut_refined": Estimate(0.05, 0.03, 0.07)}
+    reasons = lambda: " ".join(conclude(figures, SETTING).reasons)
+    assert "the model ignores drafts: after" in reasons() and "are cut" not in reasons()
+    cut = {**figures, "cut_refined": Estimate(0.21, 0.14, 0.28)}
+    conclusion = conclude(cut, SETTING)
+    assert conclusion.behaviour == "unclear" and "what the model makes of drafts is not clear: after" in str(conclusion)
+    assert "0.21 (0.14 to 0.28) of the refinements are cut at the limit and 0.003 (0 to 0.008) of" in str(conclusion)
+    figures["r"], figures["trust"] = Estimate(0.0, 0.0, 0.37), Estimate(-0.03, -0.09, 0.0)
+    assert "too few right drafts to say what the model makes of them: after" in reasons()
+    figures["w"], figures["repair"] = UNKNOWN, Estimate(math.nan, -1.0, 1.0)
+    assert "too few right and wrong drafts to say what the model makes of them: after" in reasons()
+
+
 @pytest.mark.parametrize("p", [0.5, 0.67, "unequal"])
 def test_a_model_that_ignores_drafts_is_hardly_ever_said_to_be_misled(p):
     """Of 200 probes of 64 problems; where each is so in 2.5 %, more than 11 are once in a hundred times."""
