@@ -167,7 +167,10 @@ def planned(config: Config) -> Config:
             "one draft with each other"
         )
     if not config.rewards.accuracy:
-        raise InputError("config.rewards.accuracy = 0: must be above 0, because a probe counts right answers")
+        raise InputError(
+            "config.rewards.accuracy = 0: must be above 0, because a probe counts right answers; give "
+            "--config.rewards.accuracy=1"
+        )
     if config.algorithm.second_stage == "verify":
         raise InputError('config.algorithm.second_stage = "verify": a probe asks about refinements; choose "refine"')
     if config.algorithm.draft_selection == "refined":

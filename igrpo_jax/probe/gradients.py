@@ -86,7 +86,10 @@ class Gradients:
         kept = {number: self._kept(problem, kinds[number]) for number, problem in enumerate(answered)}
         results = {number: measured for number, measured in kept.items() if measured is not None}
         missing = [number for number in kept if number not in results]
-        with self._console.phase("gradients", len(answered)) as update, watchdog.phase("update", "gradients"):
+        with (
+            self._console.phase("gradients and reliance", len(answered)) as update,
+            watchdog.phase("update", "gradients"),
+        ):
             update(len(results))
             for numbers in self._together(missing, answered):
                 reliance = self._reliance([answered[number] for number in numbers])

@@ -146,7 +146,7 @@ def plan(asked: ProbeInputs) -> list[tuple[str, object]]:
         *inputs.notes,
         ("plain answers", f"{asked.samples} to each problem, of up to {config.rollout.max_completion_length:,} tokens"),
         ("refinements", f"{size} of a right and {size} of a wrong draft, {kept}"),
-        ("gradients", f"of {min(count, asked.gradients):,} problems"),
+        ("gradients", f"of {min(count, asked.gradients):,} problems; of all {count:,} how much they rely on drafts"),
     ]
 
 

@@ -14,7 +14,7 @@ from igrpo_jax import __version__
 from igrpo_jax.outputs.files import number, write_atomically
 from igrpo_jax.probe.answers import Answered
 from igrpo_jax.probe.conclusion import Conclusion, Setting, shown
-from igrpo_jax.probe.estimates import Estimate
+from igrpo_jax.probe.estimates import FEW, Estimate
 from igrpo_jax.report import pages
 
 EXAMPLES = 2  # of each move, at most
@@ -68,6 +68,17 @@ FIGURES = {
     },
 }
 
+# Why figures from gradients and log-probs are not known, by name.
+_FEW_RIGHT = f"fewer than {FEW} problems have a right refinement"
+_FEW_MIXED = f"fewer than {FEW} problems have right and wrong answers on one of the prompts, or the mean gradient is lost in noise"
+WANTING = {
+    "cosine": _FEW_MIXED,
+    "cosine_credited": _FEW_MIXED,
+    "reliance": _FEW_RIGHT,
+    "reliance_right": f"{_FEW_RIGHT} of a right draft",
+    "reliance_wrong": f"{_FEW_RIGHT} of a wrong draft",
+}
+
 
 class Example(NamedTuple):
     """A question with a draft and what became of it."""
@@ -91,9 +102,14 @@ class Row(NamedTuple):
 
 
 def table(figures: Mapping[str, Estimate]) -> dict[str, list[tuple[str, str]]]:
-    """Returns the meaning of each figure and the figure with its interval, by section."""
+    """Returns the meaning of each figure and the figure with its interval, or why it is not known, by section."""
+
+    def text(name: str) -> str:
+        reason = "" if figures[name].is_known else WANTING.get(name)
+        return f"{shown(figures[name])}: {reason}" if reason else shown(figures[name])
+
     return {
-        section: [(meaning, shown(figures[name])) for name, meaning in names.items() if name in figures]
+        section: [(meaning, text(name)) for name, meaning in names.items() if name in figures]
         for section, names in FIGURES.items()
     }
 

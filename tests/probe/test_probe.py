@@ -44,6 +44,8 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
         assert "a run is under way there (process " in call(code=2)
         assert [path.name for path in out.iterdir()] == [".lock"]
     printed = call()
+    assert re.search(r"gradients +of 2 problems; of all 3 how much they rely on drafts\n", printed)
+    assert "gradients and reliance ..." in printed
     assert "conclusion: " in printed and "plain answers" in printed and "success of a plain answer, p" in printed
     names = ("answers.jsonl", "probe.json")
     written = {name: (out / name).read_text() for name in names}
@@ -99,6 +101,16 @@ def test_model_text_is_escaped(tmp_path):
     assert summary["figures"]["ratio"] == {"value": None, "low": 0.0, "high": None}
 
 
+def test_figures_of_the_transfer_say_why_they_are_not_known():
+    figures = dict.fromkeys(page.FIGURES["Transfer"], estimates.UNKNOWN) | {"reliance": Estimate(0.5, 0.25, 1.0)}
+    lines = dict(page.table(figures)["Transfer"])
+    named = {name: lines[meaning] for name, meaning in page.FIGURES["Transfer"].items()}
+    mixed = "not known: fewer than 5 problems have right and wrong answers on one of the prompts, or the mean gradient"
+    assert named["cosine"] == named["cosine_credited"] == f"{mixed} is lost in noise"
+    assert named["reliance_wrong"] == "not known: fewer than 5 problems have a right refinement of a wrong draft"
+    assert named["reliance"] == "0.50 (0.25 to 1.00)" and named["along"] == "not known"
+
+
 def test_every_figure_has_a_meaning():
     """Those of counts, of texts and of gradients, and the three that are made of them."""
     draft, refined = completion("draft", 0, [5], 0.0), completion("refine", 0, [6], 1.0)
@@ -144,7 +156,7 @@ def test_every_figure_has_a_meaning():
         ),
         (
             ["--model=m", "--workdir=w", "--data=d", "--config.rewards.accuracy=0"],
-            "config.rewards.accuracy = 0: must be above 0",
+            "config.rewards.accuracy = 0: must be above 0.*; give --config.rewards.accuracy=1$",
         ),
     ],
 )
