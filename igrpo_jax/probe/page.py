@@ -70,7 +70,9 @@ FIGURES = {
 
 # Why figures from gradients and log-probs are not known, by name.
 _FEW_RIGHT = f"fewer than {FEW} problems have a right refinement"
-_FEW_MIXED = f"fewer than {FEW} problems have right and wrong answers on one of the prompts, or the mean gradient is lost in noise"
+_FEW_MIXED = (
+    f"fewer than {FEW} problems have right and wrong answers on one of the prompts, or a mean gradient is lost in noise"
+)
 WANTING = {
     "cosine": _FEW_MIXED,
     "cosine_credited": _FEW_MIXED,

@@ -15,13 +15,17 @@ Not here: batches, deadlines, and the repetition of calls that failed (`custom`)
 """
 
 import asyncio
+import contextlib
 import functools
+import hashlib
+import importlib
 import inspect
 import math
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from igrpo_jax.config import IN_A_FILE
@@ -82,6 +86,19 @@ def load(path: str, setting: str = "custom") -> Callable:
         where = f"config.rewards.{setting} = {path!r}"
         raise InputError(f"{where}: the verifier's processes can't import what is in no file; {IN_A_FILE}")
     return objects.load(path, f"config.rewards.{setting} = {path!r}")
+
+
+def sources(rewards: Sequence[CustomReward]) -> dict[str, str]:
+    """Returns the SHA-256 of the file of each module that holds a function, by the module's name.
+
+    A module without a file that can be read is left out, and so is what the modules import.
+    """
+    hashes = {}
+    for reward in rewards:
+        with contextlib.suppress(OSError, TypeError):  # TypeError: it has no file
+            file = Path(importlib.import_module(reward.module).__file__)
+            hashes[reward.module] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashes
 
 
 def call(reward: CustomReward, candidates: Sequence[Candidate], state: TrainerState) -> Reply:

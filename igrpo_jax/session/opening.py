@@ -184,6 +184,9 @@ def _resumed(parts: _Parts, checkpointer: Checkpointer, latest: int) -> Beginnin
     before = meta.get("total_steps", inputs.total_steps)
     if told := resuming.new_schedule(inputs.config, before, inputs.total_steps, step):
         console.message(told)
+    told = resuming.changed_rewards(meta.get("rewards", {}), inputs.reward_sources, step)
+    if told and step < inputs.total_steps:
+        console.message(told)
     return Beginning(step, learner, state, progress, writer)
 
 

@@ -1,5 +1,10 @@
-"""What a resume refuses and tells: an end that is passed, lost rows, settings without use, another learning rate."""
+"""What a resume refuses, and what it tells.
 
+It refuses an end that is passed. It tells of lost rows, settings without use, and rewards or a learning rate that
+change.
+"""
+
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +60,23 @@ def kept_settings(made: Config, asked: Config) -> Config:
     """Returns the settings of a finished run, `made` with those of an export, which is all that it still does."""
     export, push = asked.checkpoint.export, asked.checkpoint.push
     return replace(made, checkpoint=replace(made.checkpoint, export=export, push=push))
+
+
+def changed_rewards(before: Mapping[str, str], now: Mapping[str, str], resumed_after: int) -> str:
+    """Returns the message on files of custom rewards that are not as they were; "" for none.
+
+    Args:
+        before: hashes by module (`functions.sources`) when the checkpoint was saved.
+        now: those of this launch.
+        resumed_after: the step that the run is resumed from.
+    """
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    if not changed:
+        return ""
+    return (
+        f"the file of {' and of '.join(changed)}, which config.rewards names, has changed: from step "
+        f"{resumed_after + 1} on the rewards are those of the new functions, and may not compare with earlier ones"
+    )
 
 
 def new_schedule(config: Config, before: int, now: int, resumed_after: int) -> str:

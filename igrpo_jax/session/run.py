@@ -163,7 +163,7 @@ class Run:
         """
         self.check_lock()
         meta = {"step": step, "total_steps": self.inputs.total_steps, "metrics_rows": self.writer.rows}
-        meta |= {"data": self.inputs.fingerprint} | self.progress.meta()
+        meta |= {"data": self.inputs.fingerprint, "rewards": self.inputs.reward_sources} | self.progress.meta()
         force = force or step in (0, self.inputs.total_steps)
         scores = self.progress.values(self.config.checkpoint.best_metric)
         self.checkpointer.save(step, state, meta, force=force, scores=scores, before=self.writer.sync)

@@ -24,7 +24,7 @@ from igrpo_jax.models.config import DecoderConfig
 from igrpo_jax.models.policy import Policy, fit_to_mesh, open_model
 from igrpo_jax.outputs import trackers
 from igrpo_jax.records import Candidate, Prompt
-from igrpo_jax.rewards import custom, judge, verdicts, verifier
+from igrpo_jax.rewards import custom, functions, judge, verdicts, verifier
 from igrpo_jax.rewards.mathematics import golds
 from igrpo_jax.sampling.configured import open_programs
 from igrpo_jax.sampling.programs import SamplerPrograms
@@ -52,6 +52,11 @@ class RunInputs:
         """A hash of the training prompts and answers in their order; a resume needs the same ones."""
         text = json.dumps([(prompt.tokens.tolist(), prompt.answer) for prompt in self.prompts])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @functools.cached_property
+    def reward_sources(self) -> dict[str, str]:
+        """Hashes of the files of custom rewards, by module; a resume tells where they are others."""
+        return functions.sources(verifier.custom_rewards(self.config.rewards, self.config.data.answer_name))
 
     def step_prompts(self, step: int, redraw: int = 0) -> list[Prompt]:
         """Returns the prompts of `step` (from 1), or of its redraw 1, 2, …; they depend only on these and the seed."""

@@ -105,7 +105,7 @@ def test_figures_of_the_transfer_say_why_they_are_not_known():
     figures = dict.fromkeys(page.FIGURES["Transfer"], estimates.UNKNOWN) | {"reliance": Estimate(0.5, 0.25, 1.0)}
     lines = dict(page.table(figures)["Transfer"])
     named = {name: lines[meaning] for name, meaning in page.FIGURES["Transfer"].items()}
-    mixed = "not known: fewer than 5 problems have right and wrong answers on one of the prompts, or the mean gradient"
+    mixed = "not known: fewer than 5 problems have right and wrong answers on one of the prompts, or a mean gradient"
     assert named["cosine"] == named["cosine_credited"] == f"{mixed} is lost in noise"
     assert named["reliance_wrong"] == "not known: fewer than 5 problems have a right refinement of a wrong draft"
     assert named["reliance"] == "0.50 (0.25 to 1.00)" and named["along"] == "not known"

@@ -11,8 +11,8 @@ from whole_runs import settings
 from igrpo_jax import config, train
 from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.distributed.teams import Team
-from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs import workdir as workdirs
+from igrpo_jax.outputs.console import Console
 from igrpo_jax.session import opening, run_inputs
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run

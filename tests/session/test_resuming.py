@@ -1,11 +1,14 @@
-"""What a resume says of the learning rate, and of an end that is behind it."""
+"""What a resume says of the learning rate, of changed rewards, and of an end that is behind it."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from model_files import error_of
 
 from igrpo_jax import config
+from igrpo_jax.rewards import functions
+from igrpo_jax.rewards.functions import CustomReward
 from igrpo_jax.session import resuming
 
 
@@ -28,3 +31,18 @@ def test_an_end_that_is_behind_a_run_is_refused_with_a_setting_that_may_change(s
     message = error_of(resuming.check_not_past_end, settings, 3, Path("run"), 5)
     assert message.startswith(f"{asked}: ends after step 3, but the run in run has already reached step 5; ")
     assert "set config.steps to at least 5, or" in message and "steps" in config.MAY_CHANGE_ON_RESUME
+
+
+def test_rewards_whose_file_has_changed_are_named(tmp_path, monkeypatch):
+    """A resume took the new ones without a word. One without a hash is of an older version, and says nothing."""
+    file, text = tmp_path / "edited_rewards.py", "def short(completions, **columns):\n    return [0.0]\n"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rewards = [CustomReward("edited_rewards:short"), CustomReward("math:exp")]  # math may have no file
+    before = functions.sources(rewards)
+    assert not resuming.changed_rewards(before, functions.sources(rewards), 4)
+    file.write_text(text.replace("0.0", "1.0"))
+    told = resuming.changed_rewards(before, functions.sources(rewards), 4)
+    assert told.startswith("the file of edited_rewards, which config.rewards names, has changed: from step 5 on")
+    assert not resuming.changed_rewards({}, functions.sources(rewards), 4)
+    del sys.modules["edited_rewards"]

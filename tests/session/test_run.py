@@ -12,12 +12,13 @@ def test_rows_wait_for_the_checkpoint_that_counts_on_them():
     synced, asked = [], []
     run = SimpleNamespace(
         config=Config(),
-        inputs=SimpleNamespace(total_steps=9, fingerprint=""),
+        inputs=SimpleNamespace(total_steps=9, fingerprint="", reward_sources={"mine": "a hash"}),
         progress=Progress(),
         check_lock=lambda: None,
         writer=SimpleNamespace(sync=lambda: synced.append("rows"), rows=3),
-        checkpointer=SimpleNamespace(save=lambda step, state, meta, **how: asked.append((step, how))),
+        checkpointer=SimpleNamespace(save=lambda step, state, meta, **how: asked.append((step, meta, how))),
     )
     Run.save(run, 5, None)
-    ((step, how),) = asked
+    ((step, meta, how),) = asked
+    assert meta["rewards"] == {"mine": "a hash"}
     assert step == 5 and synced == [] and how["before"] is run.writer.sync
