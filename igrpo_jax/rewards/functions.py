@@ -95,7 +95,7 @@ def sources(rewards: Sequence[CustomReward]) -> dict[str, str]:
     """
     hashes = {}
     for reward in rewards:
-        with contextlib.suppress(OSError, TypeError):  # TypeError: it has no file
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # the last two: it has no file
             file = Path(importlib.import_module(reward.module).__file__)
             hashes[reward.module] = hashlib.sha256(file.read_bytes()).hexdigest()
     return hashes

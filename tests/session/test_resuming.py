@@ -38,7 +38,7 @@ def test_rewards_whose_file_has_changed_are_named(tmp_path, monkeypatch):
     file, text = tmp_path / "edited_rewards.py", "def short(completions, **columns):\n    return [0.0]\n"
     file.write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    rewards = [CustomReward("edited_rewards:short"), CustomReward("math:exp")]  # math may have no file
+    rewards = [CustomReward("edited_rewards:short"), CustomReward("sys:exit")]  # which has no file
     before = functions.sources(rewards)
     assert not resuming.changed_rewards(before, functions.sources(rewards), 4)
     file.write_text(text.replace("0.0", "1.0"))
