@@ -1,4 +1,4 @@
 """A run outside of its updates: its parts, how it is opened, what it reports and saves.
 
-In order: run_context, run_inputs, progress, overview, resuming, beginning, ending, run, sft, opening.
+In order: run_context, rehearsal, run_inputs, progress, overview, resuming, beginning, ending, run, sft, opening.
 """

@@ -24,7 +24,7 @@ from igrpo_jax.rewards import judge_messages, verdicts
 from igrpo_jax.rewards.judge import Judge, Judgement, statistics
 from igrpo_jax.rewards.judge_messages import parse_score, render
 from igrpo_jax.rewards.verifier import Verifier, check
-from igrpo_jax.session import run_inputs
+from igrpo_jax.session import rehearsal, run_inputs
 
 KEY = "sk-a-secret-0123456789"
 
@@ -712,11 +712,11 @@ def test_a_budget_that_redraws_could_use_up_is_told(endpoint, budget, note):
     """Redraws are possible, not certain: a budget that lasts without them is not refused."""
     c = judged(endpoint, budget=budget)
     c = dataclasses.replace(c, algorithm=dataclasses.replace(c.algorithm, max_redraws=2))
-    notes = dict(run_inputs.checked_budget(c))
+    notes = dict(rehearsal.checked_budget(c))
     assert notes == ({"judge": note} if note else {})
     refused = dataclasses.replace(c.rewards, judge=dataclasses.replace(c.rewards.judge, budget=7))
     with pytest.raises(InputError, match=re.escape("at least 8 (48, plus some for retries, gives all of them one, ")):
-        run_inputs.checked_budget(dataclasses.replace(c, rewards=refused))
+        rehearsal.checked_budget(dataclasses.replace(c, rewards=refused))
 
 
 def test_the_budget_may_change_on_a_resume():

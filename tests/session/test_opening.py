@@ -13,7 +13,7 @@ from igrpo_jax.distributed.programs import compilations
 from igrpo_jax.distributed.teams import Team
 from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.console import Console
-from igrpo_jax.session import opening, run_inputs
+from igrpo_jax.session import opening, rehearsal
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run import Run
 
@@ -42,8 +42,8 @@ def test_the_table_comes_after_the_users_reward_and_before_anything_is_compiled(
     (tmp_path / "my_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path))
     events = []
-    rehearse = run_inputs.rehearsed_rewards
-    monkeypatch.setattr(run_inputs, "rehearsed_rewards", lambda *args: events.append("reward") or rehearse(*args))
+    rehearse = rehearsal.rehearsed_rewards
+    monkeypatch.setattr(rehearsal, "rehearsed_rewards", lambda *args: events.append("reward") or rehearse(*args))
 
     def table(self, title, rows):
         events.append((title, dict(rows)))

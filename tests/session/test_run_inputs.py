@@ -1,16 +1,12 @@
 """Which prompts a step has, and whether there are enough."""
 
-import dataclasses
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
 from model_files import error_of
 from whole_runs import settings
 
 from igrpo_jax import config
-from igrpo_jax.records import Prompt
-from igrpo_jax.session.run_inputs import RunInputs, _reply, check_profiled, check_prompts_per_step, open_inputs
+from igrpo_jax.session.run_inputs import RunInputs, check_profiled, check_prompts_per_step, open_inputs
 
 
 def test_alternating_steps_share_their_prompts():
@@ -40,20 +36,3 @@ def test_a_profile_of_a_step_that_never_comes_is_refused():
     check_profiled(config.LogConfig(), 5)
     message = error_of(open_inputs, settings(**{"log.profile_steps": (2, 6)}))
     assert message == "config.log.profile_steps = (2, 6): the run ends after step 5; name steps from 1 to 5"
-
-
-@pytest.mark.parametrize(
-    ("instruction", "reply"),
-    [
-        ("", r"<think>It is \boxed{7}. Done.</think><answer>7</answer>"),
-        ("Answer inside <answer> and </answer>.", "<think>Done.</think><answer>7</answer>"),
-        (r"Put the answer into \boxed{}.", r"<think>Done.</think>\boxed{7}"),
-        (r"Answer inside <answer>, as \boxed{}.", r"<think>Done.</think><answer>\boxed{7}</answer>"),
-    ],
-)
-def test_custom_rewards_are_called_with_answers_in_the_form_that_is_asked_for(instruction, reply):
-    """It was always that of the tags, so that rewards of boxes had 0 for a right answer."""
-    prompt = Prompt("a", 0, "3 + 4", "7", np.zeros(1, np.int32))
-    for name in ("instruction", "system_prompt"):
-        assert _reply(settings(**{f"data.{name}": instruction}), prompt, "7", "") == reply
-    assert _reply(settings(), dataclasses.replace(prompt, question=f"{instruction} 3 + 4"), "7", "<think>") == reply[7:]
