@@ -119,19 +119,15 @@ def probe(
     from igrpo_jax.distributed import watchdog
     from igrpo_jax.distributed.disk_cache import use_disk_cache
     from igrpo_jax.evaluation import inference, results
-    from igrpo_jax.outputs import weights
     from igrpo_jax.outputs.console import Console
     from igrpo_jax.probe import measure
-    from igrpo_jax.session.run_inputs import open_inputs
 
     check_model(config, model)
     began, folder = time.perf_counter(), path_of(f"--workdir {workdir}", workdir)
     config = planned(config)
     samples = checked(config, answers, problems)
     run, step = inference.checkpoint_of(str(model), step)
-    inputs = open_inputs(config, results.recorded_date(folder))
-    if run:
-        weights.check_tokenizer(inputs.policy, run)
+    inputs = _opened(config, run, folder)
     name, written = inference.identity(str(model), run, step)
     head = {"model": name, "step": step, "weights_written": written}
     asked = measure.ProbeInputs(inputs, run, step, problems, samples, gradients)
@@ -149,6 +145,22 @@ def probe(
         summary = measure.finish(inputs, folder, {**head, "command": command}, answered, measured, console)
         console.message(f"{time.perf_counter() - began:.1f} s; written to {folder / 'probe.html'}")
     return summary
+
+
+def _opened(config: Config, run: Path | None, folder: Path) -> "RunInputs":
+    """Returns what is read and checked before anything is written to `folder`.
+
+    Args:
+        run: the folder of the run whose model is probed; None for another model.
+    """
+    from igrpo_jax.evaluation import results
+    from igrpo_jax.outputs import weights
+    from igrpo_jax.session.run_inputs import open_inputs
+
+    inputs = open_inputs(config, results.recorded_date(folder))
+    if run:
+        weights.check_tokenizer(inputs.policy, run)
+    return inputs
 
 
 def planned(config: Config) -> Config:

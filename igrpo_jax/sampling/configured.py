@@ -114,20 +114,21 @@ def make_programs(
     )
     if not pages:
         sizes = replace(sizes, pages=page_count.estimated_pages(sizes, ModelCosts(sampler_cfg, dtype, tensor)))
-    _check_pages(sizes)
-    if sampler_cfg.attention.startswith("splash") and reads_pages(sampler_cfg, tensor):
-        _check_table(sizes, slots)
+    _check_sizes(sizes, sampler_cfg, tensor, slots)
     return SamplerPrograms(sampler_cfg, teams.team_mesh(whole_mesh, teams.team_of(whole_mesh)), eos_ids, dtype, sizes)
 
 
-def _check_pages(sizes: Sizes) -> None:
-    """Raises InputError if the longest sequence does not fit in the pages next to its prompt's last page."""
+def _check_sizes(sizes: Sizes, cfg: DecoderConfig, tensor: int, slots: int) -> None:
+    """Raises InputError if the longest sequence does not fit in the pages next to its prompt's last page, or if the
+    page numbers do not fit in the memory of the TPU's kernel."""
     if sizes.pages < sizes.least_pages:
         need = f"{sizes.least_pages} page{'s' * (sizes.least_pages != 1)} of {sizes.page_size}"
         raise InputError(
             f"config.rollout.pages = {sizes.pages}: a prompt and its completion may take {sizes.length} tokens, which "
             f"need {need}; set it to at least that, or to 0 for what memory holds"
         )
+    if cfg.attention.startswith("splash") and reads_pages(cfg, tensor):
+        _check_table(sizes, slots)
 
 
 def _check_table(sizes: Sizes, slots: int) -> None:
