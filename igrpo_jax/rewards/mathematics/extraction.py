@@ -49,11 +49,13 @@ _DENIED = re.compile(
 )
 _PART_OF_SENTENCE = re.compile(r"[^.!?,;:\n]*$")
 _LIST = re.compile(r"[\s*]*1[.)]\s+[A-Z]")  # "Answer:", and then a numbered list
-_REMARK = "it|but|because|since|so|which|as|the|this|that|we|not"
-# A dash ends a clause before these words alone: before others it may be a minus, or that of "5 – 10".
+_REMARK = "it|but|because|since|which|as|the|this|that|we|not"
+# A dash ends a clause before these words alone: before others it may be a minus, or that of "5 – 10", and what follows
+# may change the answer, as in "x+1 – all over 2".
 _CLAUSE = re.compile(
     r"[.!?;]?\s+(?:because|since|so|which|as|for|where|when|therefore)\b"
-    rf"|,\s+(?:{_REMARK})\b|(?:\s–\s|\s?—\s?)\s{{0,4}}(?:{_REMARK}|all|for|where|when)\b|[.!?](?:\s|$)|\n"
+    rf"|,\s+(?:{_REMARK}|so)\b|(?:\s–\s|\s?—\s?)\s{{0,4}}(?i:{_REMARK}|all\s(?:of|are|have|the|these))\b"
+    r"|[.!?](?:\s|$)|\n"
 )
 # "B. Alina or C. Ben": the end of the first sentence is not the end of what is stated.
 _TWO_CHOICES = re.compile(r"\(?[A-J][).:]\s[^\n]{1,200}?(?:\b(?:or|and)|,)\s+\(?[A-J][).:]\s[^\n]{0,200}")
@@ -260,7 +262,7 @@ def _clause(text: str) -> str:
     first = _MATH.match(text)
     start = first.end() if first else 0
     clause = text[:start] + _CLAUSE.split(text[start:], maxsplit=1)[0]
-    if not first and not text.startswith("$"):
+    if not first:
         clause = _IS.split(clause)[-1]  # "The largest n is 34"
     formula = _FORMULA.search(clause)
     if formula is None:
