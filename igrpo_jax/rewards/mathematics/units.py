@@ -55,20 +55,21 @@ past by wrong incorrect false impossible invalid extraneous rejected reject fail
 works gives yields lacks misses contradicts violates divides itself bc remains undefined unknown repeating recurring
 repeated off short late instead rather infinite infinity infinitely too so perhaps versus besides always over score
 gross grand lots ago first it this that these which there only excluding including north south east west ones twos
-threes fours fives sixes sevens eights nines st nd rd th backward backwards magnitude magnitudes"""
+threes fours fives sixes sevens eights nines st nd rd th backward backwards"""
 BLOCKED = frozenset(_CHANGING.split()) | NUMBER_WORDS | (OPERATION_WORDS - {"times"})  # these may change the number
 _PLURALS = "people children men women mice fish sheep geese teeth dice data vertices indices"
 _IRREGULAR = tuple(_PLURALS.split())  # goldfish and grandchildren too
-# "5 more minutes", "12 positive integers": these say nothing before counted things. "5 negative degrees" may be -5.
-_MODIFIERS = frozenset(("more", "positive", "negative"))
 _PER = frozenset(("/", "per", "a", "an"))
+_CAPITALS = frozenset(string.ascii_uppercase)  # A/B is no unit
+_POWERS_OF_TEN = re.compile(r"\borders?[\s-]+of[\s-]+magnitude", re.IGNORECASE)
 _OF_DIGITS = re.compile(rf"\b(?:\d+|{'|'.join(NUMBER_WORDS)})\s?-\s?digit\s+(?=[A-Za-z])", re.IGNORECASE)
 _POWERS = {"squared": 2, "cubed": 3, "square": 2, "sq": 2, "cubic": 3, "cu": 3}
 # A name that stands for several units is equal to each of them.
 _AMBIGUOUS = (("pound", "lb"), ("pound", "gbp"), ("degree", "celsius"), ("degree", "fahrenheit"))
 # Words that add nothing, with an article behind them: an article alone is "per", as in "18 a day".
 _FILLERS = re.compile(
-    r"\b(?:(?:of|for|on|at|in(?=\s+[A-Za-z]))(?:\s+an?\b)?|the|total|altogether|each|all|long|tall|wide|high|deep|old)\b",
+    r"\b(?:(?:of|for|on|at|in(?=\s+[A-Za-z]))(?:\s+an?\b)?|the|total|altogether|each|all|long|tall|wide|high|deep|old"
+    r"|positive)\b",
     re.IGNORECASE,
 )
 _REMARK = re.compile(r"(?:in )?total|altogether|each|left(?: over)?|remaining|profit", re.IGNORECASE)
@@ -125,20 +126,12 @@ def read(text: str, is_single: bool = False) -> Unit | None:
 
     With `is_single` (after 1, a fraction or a percentage) the noun may be in the singular: "of the cake".
     """
+    if _POWERS_OF_TEN.search(text):
+        return None
     for pattern, name in _WRITTEN:
         text = pattern.sub(name, text)
     text = _OF_DIGITS.sub(" ", _FILLERS.sub(" ", _HALF_OF_DAY.sub(r"\1m", _COMMANDS.sub(" ", text))))
     text = TEMPERATURE.sub(lambda match: "celsius" if match[1] else "fahrenheit", _QUOTIENT.sub("}/{", text))
-    first, *rest = text.split() or [""]
-    if first.casefold() not in _MODIFIERS:
-        return _counted(text, is_single)
-    following = rest[0].casefold() if rest else ""
-    is_refused = following in _MODIFIERS | _PER | {""} or (first.casefold() != "more" and known(following))
-    return None if is_refused else _counted(" ".join(rest), is_single)
-
-
-def _counted(text: str, is_single: bool) -> Unit | None:
-    """Returns the unit that words name, each of which says something; None as `read`."""
     powers: Counter[str] = Counter()  # of base units and nouns
     nouns: dict[int, list[str]] = {1: [], -1: []}  # words that are not known units, above and below "per"
     scale, sign, outer, modifier = Fraction(1), 1, 1, 1
@@ -166,7 +159,7 @@ def _counted(text: str, is_single: bool) -> Unit | None:
             scale *= unit[0] ** exponent
             powers.update({base: power * exponent for base, power in unit[1].items()})
             last, sign, modifier, counts = (*unit, sign), outer, 1, True
-        elif folded in BLOCKED or match[3] or "illionth" in folded or (len(word) == 1 and sign < 0):  # A/B
+        elif folded in BLOCKED or match[3] or "illionth" in folded or (sign < 0 and not unit and word in _CAPITALS):
             return None
         else:
             plural = folded.endswith("s") and not folded.endswith(("ss", "us", "is")) and len(folded) > 2

@@ -52,6 +52,8 @@ _SHORT_UNITS = "cm mm km ft in kg lb oz ml mi hr yd sq cu"  # units of two lette
 _BARE_UNITS = frozenset(_SHORT_UNITS.split())
 _QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
 _ORDINALS = frozenset(("st", "nd", "rd", "th"))
+# Of "5 more minutes": it leaves a whole number of counted things as it is. "1/2 more" and "2 more times" are factors.
+_MORE = re.compile(r"^more\s+(?!/|(?:times|an?|per)\b)", re.IGNORECASE)
 
 
 def is_prose(token: Token) -> bool:
@@ -144,6 +146,7 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
             return core[:start], units.NONE, False
         if units.is_remark(text):
             return core[:start], money, False
+        text = _MORE.sub("", text) if start == 1 and before.text.isdigit() else text
         unit = units.read(f"{currency} {text}" if first in ("per", "a", "an", "/") else text, is_single)
         if unit:
             return core[:start], unit, False

@@ -66,7 +66,6 @@ SAME = [
     (r"75 \text{ more minutes}", r"1.25\text{ hours}"),
     (r"1 \text{ more apple}", "1"),
     (r"12 \text{ positive integers}", "12"),
-    (r"12 \text{ negative integers}", "12"),
     ("9 positive divisors", "9"),
     (r"90 \text{ two-digit numbers}", "90"),
     ("90 two-digit numbers", "90"),
@@ -74,6 +73,12 @@ SAME = [
     (r"210 \text{ orders}", "210"),
     (r"4 \text{ goldfish}", "4"),
     (r"58 \text{ grandchildren}", "58"),
+    (r"5 \text{ N in magnitude}", "5"),
+    (r"10 \text{ m/s in magnitude}", "10"),
+    *(
+        (rf"3 \times 10^{{15}} \text{{ {unit}}}", r"3 \times 10^{15}")
+        for unit in ("photons/s", "customers/h", "molecules/L", "km/d", "m/y", "L/d", "g/t", "eV/c")
+    ),
     (r"3 \text{ firemen}", "3"),
     # dots
     (r"1, 2, \dots, 10", r"1, 2, \ldots, 10"),
@@ -1613,7 +1618,27 @@ DIFFERENT = [
             "dozen goldfish",
         )
     ),
-    (r"12 \text{ negative integers}", "-12"),
+    *(
+        (rf"12 \text{{ negative {things}}}", number)
+        for things in ("integers", "points", "square meters")
+        for number in ("12", "-12")
+    ),
+    ("5 negative whole degrees", "5"),
+    *(
+        (answer, answer.split(" more")[0].removesuffix(r" \text{"))
+        for answer in (
+            "1/2 more apples",
+            r"\frac{3}{2} \text{ more minutes}",
+            "3x more apples",
+            "1.5 more hours",
+            "2 more times as many",
+            "2 more times",
+            "3 more / hour",
+        )
+    ),
+    (r"50\% more apples", "50"),
+    (r"50\% more apples", r"50\%"),
+    (r"5\text{ A/B}", "5"),
     (r"90 - \text{two-digit numbers}", "90"),
     ("90 2-digit numbers", "90"),
     (r"\text{two-digit numbers}", "2"),

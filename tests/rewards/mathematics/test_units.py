@@ -35,6 +35,12 @@ from igrpo_jax.rewards.mathematics import units
         ("p.m.", "pm", 1),
         ("A", "A", 1),
         ("V/A", "A-1 V", 1),
+        ("customers/h", "customer h-1", 1),
+        ("molecules/L", "l-1 molecule", 1),
+        ("km/d", "d-1 m", 1000),
+        ("N in magnitude", "g m s-2", 1000),
+        ("orders", "order", 1),
+        ("positive integers", "integer", 1),
         ("dollars", "cent", 100),
         ("a day", "s-1", Fraction(1, 86400)),
         ("dollars an hour", "cent s-1", Fraction(1, 36)),
@@ -63,7 +69,8 @@ CHANGING = (
     "with remainder two|cannot|at least|minimum|k|bn|grand|score|gross|repeating|mod 7|choose two|"
     "to the fourth|doubled|inverse|fails|is wrong|tens|per thousand|degrees below zero|fewer apples|"
     "apples or more|pairs squared in hex|of n|May|minutes past three|nothing|meters doubled|cm 3 inches|x|"
-    "m/x|V/B|apples 3|sixes|too many|off|short|cubes minus one|dollars less|each|the|"
+    "V/B|orders of magnitude|more apples|negative points|apples 3|sixes|too many|off|short|cubes minus one|"
+    "dollars less|each|the|"
 )
 
 
