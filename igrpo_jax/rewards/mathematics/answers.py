@@ -120,11 +120,11 @@ def _read(tokens: list[Token], nested: int, from_text: bool = False) -> Node:
         region = regions.united(text, items)
     elif kinds == {"and"} or (kinds <= {",", "and"} and any(map(regions.lacks_a_point, items))):
         region = regions.intersected(text, items)
-    if {";", "and", "or"} & kinds and "," in kinds:
+    if "," in kinds and len(kinds) > 1:
         items = _systems(tokens, nested) or items
     several = region or Sequence(text, "or" if kinds == {"or"} else "list", tuple(items))
-    amount = leaves.compound(tokens) if kinds == {"and"} else None  # 1 hour and 30 minutes
-    return Choice(text, amount, several) if amount else several
+    amount = leaves.compound(tokens) if kinds <= {"and", ","} and (from_text or not nested) else None
+    return Choice(text, amount, several) if amount else several  # 1 hour and 30 minutes
 
 
 _INTEGERS = "\\in \\mathbb {Z}"

@@ -76,7 +76,7 @@ def _same_progression(a: Value, b: Value) -> bool:
 def _units_agree(a: Leaf, b: Leaf) -> bool:
     if a.percent != b.percent and (a.unit.name or b.unit.name):
         return False
-    return units.agree(a.unit, b.unit)
+    return units.agree(a.unit, b.unit) and not ((a.compound or b.compound) and "" in (a.unit.name, b.unit.name))
 
 
 # ------------------------------------------------------------------------------------------------------------- words

@@ -24,6 +24,7 @@ Conventions, where usage differs:
   1/2x is x/2.
 - A unit, a currency or a degree sign that is missing on one side is forgiven. Two different units are not, unless one
   converts to the other exactly and in one system: 5 g is 0.005 kg. Degrees are not radians, but sin 30° is in degrees.
+  2 hours 30 minutes, perhaps with a comma or "and", is 150 minutes and 2.5 hours, but equals no number without a unit.
 - 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product. So are 700 nm,
   50 \mu m, 5 \Omega and 5 M_\odot.
 - Words behind a number are a unit only where they can't change it: 5 apples is 5, "5 hundred" is 500, "5 or more" is

@@ -57,28 +57,29 @@ def congruence(tokens: list[Token], _: int) -> Node | None:
     return Words(latex(tokens), f"{latex(sides[0])} = {int(match[1]) % int(match[2])} mod {match[2]}")
 
 
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ([^\W\d_]+)(?:,? and)?[.,]?")
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ([^\W\d_]+)(?: ?[.,]| and)*(?: (?=\d)|$)")
+_AMOUNTS = re.compile(rf"(?:{_AMOUNT.pattern}){{2,}}")
 
 
 def compound(tokens: list[Token]) -> Leaf | None:
-    """Reads 2 hours 30 minutes as 150 minutes. Returns None for anything else.
+    """Reads 2 hours 30 minutes, perhaps with a comma or "and", as 150 minutes. Returns None for anything else.
 
-    It is a whole number of each unit but the last, and less of each than one of the unit before.
+    It is a whole number of each unit but the last, and less of each than one of the unit before. It equals amounts with
+    a unit alone: a number such as 150 does not say which of the units it counts.
     """
-    starts = [at for at, token in enumerate(tokens) if token.kind == "number"]
-    if len(starts) < 2 or starts[0] or tokens[-1].kind not in ("letters", "text"):
+    if tokens[0].kind != "number" or tokens[-1].kind not in ("letters", "text"):
         return None
+    text = " ".join(" ".join(token.text for token in tokens).split())
     total, before = Fraction(0), units.NONE
-    for start, end in itertools.pairwise([*starts, len(tokens)]):
-        match = _AMOUNT.fullmatch(" ".join(" ".join(token.text for token in tokens[start:end]).split()))
-        unit = units.read(match[2]) if match and units.known(match[2]) else None
-        if not match or not unit or (before.name and (unit.name != before.name or total.denominator != 1)):
+    for match in _AMOUNT.finditer(text) if _AMOUNTS.fullmatch(text) else ():
+        unit = units.read(match[2]) if units.known(match[2]) else None
+        if not unit or (before.name and (unit.name != before.name or total.denominator != 1)):
             return None
         number = Fraction(match[1])
         if before.name and number * unit.scale >= before.scale:
             return None
         total, before = total * (before.scale / unit.scale) + number, unit
-    return Leaf(str(total), Value.number(total), before)
+    return Leaf(str(total), Value.number(total), before, compound=True) if before.name else None
 
 
 def leaf(tokens: list[Token], from_text: bool = False) -> Node:

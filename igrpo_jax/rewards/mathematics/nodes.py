@@ -26,6 +26,7 @@ class Leaf(Node):
     unit: Unit = units.NONE
     percent: bool = False
     hopeless: bool = False  # division by zero or beyond the limits, so that nothing else tries to read it
+    compound: bool = False  # 2 hours 30 minutes, which equals no number without a unit
 
 
 @dataclass(frozen=True)

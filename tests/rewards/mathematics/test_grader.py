@@ -61,6 +61,12 @@ SAME = [
     ("1 dollar and 50 cents", r"\$1.50"),
     ("x = 2 hours 30 minutes", "150 minutes"),
     ("1 yard 2 feet 3 inches", "63 inches"),
+    ("5 feet, 6 inches", "66 inches"),
+    ("2 hours, 30 minutes", "150 minutes"),
+    ("2 hours, 30 minutes", "30 minutes, 2 hours"),
+    (r"\{5 m, 6 cm\}", r"\{6 cm, 5 m\}"),
+    (r"1 \text{ hour and 30 minutes}", r"1.5 \text{ hours}"),
+    ("3 dollars and 50 cents", r"\$3.50"),
     # words before counted things
     (r"75 \text{ more minutes}", "75"),
     (r"75 \text{ more minutes}", r"1.25\text{ hours}"),
@@ -1593,6 +1599,16 @@ DIFFERENT = [
             "more than a minute",
             "more minutes than hours",
             "more minutes or less",
+    # of which unit would a bare number be?
+    *(("3 dollars and 50 cents", number) for number in ("350", "3.5", "53")),
+    *(
+        (answer, number)
+        for answer in ("2 hours 30 minutes", "2 hours, 30 minutes", r"2 \text{ hours and 30 minutes}")
+        for number in ("150", "2.5", r"150\%")
+    ),
+    ("30 minutes, 2 hours", "150 minutes"),
+    ("5 hours, 2 hours", "7 hours"),
+    ("5 feet, 6", "66 inches"),
             "times more minutes",
             "or more minutes",
             "no more minutes",
@@ -3198,6 +3214,7 @@ SLOW = [
     r"\setminus",
     r"|x|<",
     "9!!",
+    "1 hour, ",
     r"\Gamma(9999.5)+",
     "k\\pi+",
     r"\sqrt{10^{4000}+1}+",
