@@ -314,7 +314,7 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
         hopeless = True
     if names.is_name(left, right):
         explained = 0 if _has_symbols(right) else sum(1 for _ in itertools.takewhile(_has_symbols, sides[1:-1]))
-        if any(map(leaves.ends_in_next_name, sides[1 : 1 + explained])):
+        if leaves.are_side_by_side(sides[: 1 + explained]):
             return Leaf(text, None, hopeless=True)  # x = 1 y = 2
         rest = tokens[sum(len(side) + 1 for side in sides[: 1 + explained]) :]  # A = bh/2 = 6 says that A = 6
         renamed = names.with_argument_x(left, rest)

@@ -37,8 +37,10 @@ Conventions, where usage differs:
   order counts, x_1 and x_2 aside.
 - dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is not a quotient. In equations so is x', if nothing
   speaks for another variable. y'(t) is y' times t: arguments of unknown functions are not dropped.
-- x = 1 \quad y = 2, and x = 1 and y = 2 on lines of their own, are a list. With a blank alone, x = 1 y = 2 equals
-  nothing, since it may be a chain such as A = 2s = 6, which says that A = 6.
+- x = 1 \quad y = 2, and x = 1 and y = 2 on lines of their own, are a list if each defines another letter, and none by
+  one of these. Other equations are a derivation, whose end counts: x = 6/2 and x = 3 say 3. With a blank alone,
+  x = 1 y = 2 equals nothing. P = 4 s = 20, AC = 2 AB = 10 and a_1 = 2 b_1 = 6 are chains, which end in 20, 10 and 6:
+  their names are not all single small letters.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare
   list equals a set, and it equals a tuple in the same order. A tuple is not a set. (a, b) is a pair or an interval,
   depending on the other side. A column equals a row vector, ⟨a, b⟩ and (a, b). ± stands for both values. The answer

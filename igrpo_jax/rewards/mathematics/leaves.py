@@ -1,14 +1,14 @@
 """Answers that hold no other answers: an expression with its unit, words, digits in a base, a ratio."""
 
-import itertools
 import math
 import re
+import string
 from fractions import Fraction
 
 from igrpo_jax.rewards.mathematics import exact, expression, names, regions, units, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.nodes import Choice, Leaf, Node, Ratio, Region, Words
-from igrpo_jax.rewards.mathematics.tokens import Token, Unreadable, latex, split
+from igrpo_jax.rewards.mathematics.tokens import GREEK, Token, Unreadable, latex, split
 
 _BASES = {"binary": 2, "ternary": 3, "octal": 8, "decimal": 10, "hexadecimal": 16, "hex": 16}
 _BASED = re.compile(
@@ -142,19 +142,25 @@ def symbols(node: Node) -> set[str] | None:
     return node.value.symbols() if isinstance(node, Leaf) and node.value is not None else None
 
 
-def ends_in_next_name(side: list[Token]) -> bool:
-    """Returns whether a side of an equation is a number and, behind a blank, a name, as the 1 y of x = 1 y = 2.
+_SMALL_LETTERS = GREEK | frozenset(string.ascii_lowercase)
 
-    It may be a product as well, but then the blank is not needed, unlike that of 2\\pi r or of \\frac12 b h.
+
+def are_side_by_side(sides: list[list[Token]]) -> bool:
+    """Returns whether a letter is followed by sides that are a number and, behind a blank, the next one: x = 1 y = 2.
+
+    1 y may be a product as well, but then the blank is not needed. Other names than single small letters are those of
+    a chain, as in P = 4 s = 20, AC = 2 AB = 10 and a_1 = 2 b_1 = 6.
     """
-    depths = itertools.accumulate(token.opens - token.closes for token in side)
-    outside = [at for at, depth in enumerate(depths) if not depth and side[at].kind == "letters" and at]
-    at = next((at for at in reversed(outside) if not side[at - 1].is_in(("_", "^"))), 0)
-    before = side[at - 1]
-    is_behind_value = before.kind == "number" or before.closes or before.is_in(("!", "|", "circ"))
-    if not at or not side[at].spaced or not is_behind_value:
-        return False
-    return names.is_single(side[at:]) and symbols(leaf(side[:at])) == set()
+    letters = [sides[0], *map(_next_name, sides[1:])]
+    found = {name[0].text for name in letters if len(name) == 1 and name[0].is_in(_SMALL_LETTERS)}
+    return len(found) == len(sides) > 1
+
+
+def _next_name(side: list[Token]) -> list[Token]:
+    """Returns the y of 1 y, nothing where what stands before a blank and the last token is no number."""
+    *value, last = side
+    is_behind_value = value and (value[-1].kind == "number" or value[-1].closes or value[-1].is_in(("!", "|", "circ")))
+    return [last] if is_behind_value and last.spaced and symbols(leaf(value)) == set() else []
 
 
 def agree(a: Leaf, b: Leaf) -> bool:

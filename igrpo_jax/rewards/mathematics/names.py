@@ -116,12 +116,6 @@ def _share_symbols(tokens: list[Token], value: list[Token]) -> bool:
     return bool(names & symbols) or any(len(name) > 1 and set(name) <= symbols for name in names)
 
 
-def is_single(tokens: list[Token]) -> bool:
-    """Returns whether the tokens begin with letters that are one name, and hold no more than it: x, a_3, AB, f(x)."""
-    is_one = len(tokens[0].text) == 1 or is_long_name(tokens[0])
-    return is_one and (len(_without_subscripts(tokens)) == 1 or is_applied(tokens))
-
-
 def is_long_name(token: Token) -> bool:
     r"""Returns whether a token is one name and no product: capitals such as MR, a word such as Area, \text{MR}."""
     text = token.text.strip()

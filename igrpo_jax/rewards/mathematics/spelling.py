@@ -104,15 +104,14 @@ _TIMES = re.compile(r"(?<=\d)\s*(?:[xX]|\\text\s*\{\s*[xX]\s*\})\s*(?=10\s*\^)")
 
 # Equations side by side: "x = 1 \quad y = 2", or one a line.
 _GAP = re.compile(r"(?:\\q?quad(?![A-Za-z])|\n)(?:\s|\\[,;:! ]|\\q?quad(?![A-Za-z]))*")
-_ENDED = re.compile(r"[\w)}\]%!'|$]$")
 _UNENDED = re.compile(
     r"(?:\b(?:and|or|so|if|for|where|when|with|then|because)\s*\}?|\\(?:land|lor|implies|iff|to|[A-Za-z]*arrow)"
-    r"|\\begin\s*\{\w+\*?\}(?:\{[^{}]*\})?)\s*$"
+    r"|[^\w)}\]%!'|$,;])$"
 )
-_NAMED = re.compile(
-    r"[$\s]*(?:\\angle\s*)?(?:\\text\w*\s*\{[^{}]{1,40}\}|\\?[A-Za-z]{1,20})\s*(?:_\s*(?:\w|\{[^{}]{1,20}\}))?'*"
-    r"(?:\([^()=]{1,20}\))?\s*=(?!=)"
-)
+_LETTER = rf"[A-Za-z]|\\(?:{_LETTERS.replace(' ', '|')}|omega|[A-Z][a-z]+)(?![A-Za-z])"
+_DEFINED = re.compile(rf"[$\s]*({_LETTER})\s*((?:_\s*(?:\w|\{{[^{{}}]{{1,20}}\}}))?)\s*=(?!=)")
+_BRACES = re.compile(r"[\s{}]")
+_USED = re.compile(rf"{_TEXT}[^{{}}]*\}}|[A-Za-z]{{4,}}|\\[A-Za-z]+|[A-Za-z]")  # symbols; the words aside
 
 
 def normal(source: str) -> str:
@@ -164,15 +163,21 @@ def _unaligned(match: re.Match) -> str:
 
 
 def _listed(source: str) -> str:
-    r"""Returns equations that \quad or the end of a line separates as a list: "x = 1 \quad y = 2" as "x = 1, y = 2"."""
-    pieces, at, is_behind_equation = [], 0, False
-    for gap in _GAP.finditer(source):
-        before = source[at : gap.start()].rstrip()
-        is_behind_equation |= "=" in before
-        is_next = is_behind_equation and _ENDED.search(before[-1:]) and _NAMED.match(source, gap.end())
-        pieces += [before, ", "] if is_next and not _UNENDED.search(before[-60:]) else [source[at : gap.end()]]
-        at = gap.end()
-    return "".join(pieces) + source[at:]
+    r"""Returns equations that \quad or the end of a line separates as a list: "x = 1 \quad y = 2" as "x = 1, y = 2".
+
+    Each defines another symbol by none of these symbols. Any other lines may be a derivation, whose end is the answer:
+    x = 6/2 and x = 3, or s = 5 and P = 4s = 20.
+    """
+    pieces = [piece for gap in _GAP.split(source) if (piece := gap.strip())]
+    defined = [_DEFINED.match(piece) for piece in pieces]
+    if len(pieces) < 2 or not all(defined) or any(_UNENDED.search(piece[-60:]) for piece in pieces):
+        return source
+    names = {_BRACES.sub("", match[1] + match[2]) for match in defined}
+    letters = {letter for name in names for letter in _USED.findall(name)}  # the n of a_n = 2n too
+    used = {symbol for match in defined for symbol in _USED.findall(match.string, match.end())}
+    if len(names) < len(pieces) or letters & used:
+        return source
+    return ", ".join(piece.rstrip(",;") for piece in pieces)
 
 
 def _prefixed(match: re.Match) -> str:

@@ -73,18 +73,18 @@ SAME = [
     (r"1 \text{ more apple}", "1"),
     (r"12 \text{ positive integers}", "12"),
     ("9 positive divisors", "9"),
-    (r"90 \text{ two-digit numbers}", "90"),
-    ("90 two-digit numbers", "90"),
-    (r"90 \text{ 2-digit numbers}", "90"),
-    (r"210 \text{ orders}", "210"),
-    (r"4 \text{ goldfish}", "4"),
-    (r"58 \text{ grandchildren}", "58"),
     (r"5 \text{ N in magnitude}", "5"),
     (r"10 \text{ m/s in magnitude}", "10"),
     *(
         (rf"3 \times 10^{{15}} \text{{ {unit}}}", r"3 \times 10^{15}")
         for unit in ("photons/s", "customers/h", "molecules/L", "km/d", "m/y", "L/d", "g/t", "eV/c")
     ),
+    (r"90 \text{ two-digit numbers}", "90"),
+    ("90 two-digit numbers", "90"),
+    (r"90 \text{ 2-digit numbers}", "90"),
+    (r"210 \text{ orders}", "210"),
+    (r"4 \text{ goldfish}", "4"),
+    (r"58 \text{ grandchildren}", "58"),
     (r"3 \text{ firemen}", "3"),
     # dots
     (r"1, 2, \dots, 10", r"1, 2, \ldots, 10"),
@@ -130,7 +130,9 @@ SAME = [
     (r"x = 1 \quad y = 2", "(1,2)"),
     (r"b = 2 \qquad a = 1", "(1,2)"),
     ("a = 2\nb = 7", "(2,7)"),
-    (r"x = 1 \quad x = 2", "1, 2"),
+    (r"\theta = 1 \quad \phi_{1} = 2", "1, 2"),
+    ("x = 1;\ny = 2,\nz = 3", "(1,2,3)"),
+    (r"x = 1 \text{ foot} \quad t = 2 \text{ feet}", "(2,1)"),
     (r"x_1 = 3 \quad x_2 = 4", "3, 4"),
     (r"x = 1 \quad\text{ or }\quad x = 2", "1, 2"),
     (r"x = 1;\quad y = 2", "(1,2)"),
@@ -139,6 +141,22 @@ SAME = [
     (r"A = \frac{1}{2} b h = 6", "6"),
     (r"A = \frac{1}{2} d_1 d_2 = 6", "6"),
     (r"C = 2 \pi r = 10\pi", r"10\pi"),
+    ("P = 4 s = 20", "20"),
+    ("AC = 2 AB = 10", "10"),
+    (r"a_{10} = 2^{10} b_{10} = 512", "512"),
+    (r"\angle A = 2 B = 40", "40"),
+    (r"A = \frac{1}{2} b = 6", "6"),
+    (r"S = \sqrt{3} s = 5", "5"),
+    # derivations on lines of their own
+    ("x = 270 - 95 - 80\nx = 95", "95"),
+    ("A = lw\nA = 12", "12"),
+    ("Total = 3 + 4\nTotal = 7", "7"),
+    (r"x = 6/2 \quad x = 3", "3"),
+    (r"f(x) = x^2 \quad f(3) = 9", "9"),
+    ("m = 3\nn = 4\nm + n = 7", "7"),
+    ("s = 5\nP = 4s = 20", "20"),
+    (r"a_n = 2^n \quad a_{10} = 2^{10} = 1024", "1024"),
+    ("l = 3\nw = 4\nA = lw = 12", "12"),
     ("x = 2y = 6", "6"),
     # rounded integers, and what is no rounded numeral: the value alone
     (r"e^{10}", r"e^{10} \approx 22000"),
@@ -1581,6 +1599,16 @@ DIFFERENT = [
     ("5 ft 6 in", r"56\text{ in}"),
     ("5 ft 16 in", r"76\text{ in}"),
     ("1 dollar and 50 cents", r"\$1"),
+    # of which unit would a bare number be?
+    *(("3 dollars and 50 cents", number) for number in ("350", "3.5", "53")),
+    *(
+        (answer, number)
+        for answer in ("2 hours 30 minutes", "2 hours, 30 minutes", r"2 \text{ hours and 30 minutes}")
+        for number in ("150", "2.5", r"150\%")
+    ),
+    ("30 minutes, 2 hours", "150 minutes"),
+    ("5 hours, 2 hours", "7 hours"),
+    ("5 feet, 6", "66 inches"),
     ("3 apples 2 pears", "5"),
     ("3 apples 2 apples", "5"),
     ("2 hours 30 minutes or more", "150 minutes"),
@@ -1599,16 +1627,6 @@ DIFFERENT = [
             "more than a minute",
             "more minutes than hours",
             "more minutes or less",
-    # of which unit would a bare number be?
-    *(("3 dollars and 50 cents", number) for number in ("350", "3.5", "53")),
-    *(
-        (answer, number)
-        for answer in ("2 hours 30 minutes", "2 hours, 30 minutes", r"2 \text{ hours and 30 minutes}")
-        for number in ("150", "2.5", r"150\%")
-    ),
-    ("30 minutes, 2 hours", "150 minutes"),
-    ("5 hours, 2 hours", "7 hours"),
-    ("5 feet, 6", "66 inches"),
             "times more minutes",
             "or more minutes",
             "no more minutes",
@@ -1734,18 +1752,17 @@ DIFFERENT = [
     *(
         (answer, gold)
         for gap in (" ", r" \; ", "~", r" \hspace{1cm} ", r" \text{ } ", r" \quad ", r"\qquad", "\n", r" \\ ")
-        for answer in (f"x = 3{gap}y = 7", f"AB = 3{gap}CD = 7", f"x_1 = \\frac12{gap}x_2 = 7", f"f(1)=3!{gap}f(2)=7")
+        for answer in (f"x = 3{gap}y = 7", f"\\alpha = 3!{gap}\\beta = 7", f"x = \\frac12{gap}y = 7")
         for gold in ("3", "7", "y = 7")
     ),
-    (r"x = 1 \quad x = 2", "2"),
+    ("m = 2 n = 8", "8"),
+    (r"x_1 = 3 \quad x_2 = 4", "4"),
     ("a = 1 b = 2 c = 3", "3"),
     (r"b = 2 \quad a = 1", "(2,1)"),
-    (r"\angle A = 30 \quad \angle B = 40", "40"),
     (r"x = 1 \quad\text{ or }\quad x = 2", "2"),
     (r"x = 1 + \sqrt{2} y = 1 - \sqrt{2}", r"1-\sqrt{2}"),
     ("x = |3| y = 7", "7"),
     (r"x = 30^\circ y = 7", "7"),
-    (r"f(x) = 2x+1 \quad g(x) = x", "x"),
     # values at a point; capitals are no arguments
     ("P(A)=1/2", "P(B)=1/2"),
     ("P(A) = 0.5, P(B) = 0.3", "P(A) = 0.3, P(B) = 0.5"),
@@ -3197,6 +3214,7 @@ SLOW = [
     r"\{\begin{array}x\end{array}",
     "1 hour ",
     "1 hour and ",
+    "1 hour, ",
     "1 more ",
     "more ",
     "2-digit ",
@@ -3214,7 +3232,6 @@ SLOW = [
     r"\setminus",
     r"|x|<",
     "9!!",
-    "1 hour, ",
     r"\Gamma(9999.5)+",
     "k\\pi+",
     r"\sqrt{10^{4000}+1}+",
