@@ -196,8 +196,8 @@ def _has_replies(table: Table, name: str) -> bool:
 
 
 def system_turns(table: Table, name: str) -> int:
-    """Returns how many chats of a column begin with a system turn."""
-    return sum(turns[0].role == "system" for turns in _chats(table, name))
+    """Returns how many chats of a column begin with the text of a system turn."""
+    return sum(turns[0].role == "system" and bool(turns[0].text.strip()) for turns in _chats(table, name))
 
 
 def _chats(table: Table, name: str) -> Iterator[list[messages.Message]]:
@@ -226,7 +226,7 @@ def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, 
     """Returns the first of the wanted or known names that is among the columns.
 
     Args:
-        other_than: a column that holds something else, which the error does not suggest.
+        other_than: columns that hold something else, joined by a plus, which the error does not suggest.
 
     Raises:
         InputError: no column has one of these names.
@@ -234,7 +234,7 @@ def _column(names: list[str], wanted: str, known: tuple[str, ...], source: str, 
     for name in [wanted] if wanted else known:
         if name in names or ("+" in name and all(part in names for part in name.split("+"))):
             return name
-    others = [name for name in names if name != other_than]
+    others = [name for name in names if name not in (other_than, *other_than.split("+"))]
     folded = {name.casefold(): name for name in reversed(others)}
     near = [folded[name.casefold()] for name in ([wanted] if wanted else known) if name.casefold() in folded]
     near = near or difflib.get_close_matches(wanted or known[0], others, n=1, cutoff=0.0)

@@ -16,8 +16,8 @@ def evaluation_folder(workdir: Path, step: int) -> Path:
 
 
 def last_evaluation(folder: Path) -> Path:
-    """Returns the folder of the last evaluation of the run in `folder`; `folder` itself where it holds none."""
-    return max(folder.glob("evaluations/step_*"), default=folder)
+    """Returns the folder of the last complete evaluation of the run in `folder`, or `folder` where it holds none."""
+    return max((path.parent for path in folder.glob("evaluations/step_*/summary.json")), default=folder)
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from igrpo_jax.probe import draft_signal
 from igrpo_jax.probe.estimates import HALF_WIDTH, SHOWN, UNKNOWN, Estimate, problems_needed
 
-CLEAR = 0.3  # width of the intervals of success and effect of right, and of wrong, drafts: below it no effect is none
+CLEAR = 0.3  # width of an interval below which an effect of drafts that is not seen is taken for none
 MORE_CUT = 0.1  # fraction by which more refinements than plain answers are cut, from which a draft counts as disturbing
 LEAST_BOUND = 1e-3  # fraction of the success with drafts; a smaller bound on plain success is not reported
 CUT = 0.5  # fraction of plain answers; where surely more are cut, a reason names the length limit

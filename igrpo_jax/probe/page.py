@@ -77,8 +77,8 @@ WANTING = {
     "cosine": _FEW_MIXED,
     "cosine_credited": _FEW_MIXED,
     "reliance": _FEW_RIGHT,
-    "reliance_right": f"{_FEW_RIGHT} of a right draft",
-    "reliance_wrong": f"{_FEW_RIGHT} of a wrong draft",
+    "reliance_right": f"{_FEW_RIGHT} of a right draft that is kept",
+    "reliance_wrong": f"{_FEW_RIGHT} of a wrong draft that is kept",
 }
 
 

@@ -83,8 +83,9 @@ def _spans(run: RecordedRun) -> dict[str, Span]:
     ends = {name: (steps[0], steps[-1]) for name, steps in curves.items()}
     compared: dict[tuple[int, int], tuple[str, dict[str, comparison.Paired | None]]] = {}
     for first, last in set(ends.values()):
-        both = (evaluation_folder(run.folder, step) for step in (first, last))
-        compared[first, last] = compared_folders(*both) if first != last else ("", {})
+        before, after = (evaluation_folder(run.folder, step) for step in (first, last))
+        words = "{name} was {first} and then {second}"
+        compared[first, last] = compared_folders(before, after, words) if first != last else ("", {})
     spans = {}
     for name, (first, last) in ends.items():
         obstacle, pairs = compared[first, last]
@@ -94,10 +95,14 @@ def _spans(run: RecordedRun) -> dict[str, Span]:
     return spans
 
 
-def compared_folders(first: Path, second: Path) -> tuple[str, dict[str, comparison.Paired | None]]:
-    """Returns the settings by which two evaluations differ, as text, and their paired comparison by benchmark."""
+def compared_folders(first: Path, second: Path, words: str) -> tuple[str, dict[str, comparison.Paired | None]]:
+    """Returns the settings by which two evaluations differ, as text, and their paired comparison by benchmark.
+
+    Args:
+        words: what the text says of a setting, with places for `name`, `first` and `second`.
+    """
     other = changed(read_settings(first), read_settings(second))
-    obstacle = "; ".join(f"{name} was {before} and then {after}" for name, (before, after) in other.items())
+    obstacle = "; ".join(words.format(name=name, first=values[0], second=values[1]) for name, values in other.items())
     try:
         return obstacle, comparison.paired(first, second)
     except (InputError, KeyError, TypeError, OSError):
@@ -105,12 +110,12 @@ def compared_folders(first: Path, second: Path) -> tuple[str, dict[str, comparis
 
 
 def paired_text(pair: comparison.Paired) -> str:
-    """Returns a change with its interval, and on how many problems it rests."""
+    """Returns a change with its interval, on how many problems it rests, and the p-value of an exact sign test."""
     interval = f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
     counts = f"{pair.problems:,} problems in pairs, {pair.better:,} better and {pair.worse:,} worse"
     if pair.left_out:
         counts += f"; {pair.left_out:,} in one evaluation only are left out"
-    return f"{100 * pair.change:+.1f} points, {interval}, {counts}"
+    return f"{100 * pair.change:+.1f} points, {interval}, p = {pair.p_value:.2g} by an exact sign test, {counts}"
 
 
 def _conclusion(run: RecordedRun, spans: dict[str, Span]) -> Conclusion:
@@ -154,7 +159,7 @@ def _compared(run: RecordedRun, name: str, span: Span) -> tuple[str, str]:
         change += f": {paired_text(pair)}"
         sure = pair.p_value < CHANCE  # the bootstrap alone is too sure where few problems changed
         risen, fallen = sure and pair.low > 0, sure and pair.high < 0
-        doubt = f"an exact sign test leaves that open (p = {pair.p_value:.2g})"
+        doubt = "the sign test leaves that open"
         if pair.low <= 0 <= pair.high:
             doubt = "the interval includes no change"
     else:

@@ -15,7 +15,7 @@ def sentences(first: RecordedRun, run: RecordedRun) -> list[str]:
         steps = [int(each.curve(f"eval/{name}/pass@1").steps[-1]) for each in (first, run)]
         both = evaluation_folder(first.folder, steps[0]), evaluation_folder(run.folder, steps[1])
         if both not in compared:
-            compared[both] = compared_folders(*both)
+            compared[both] = compared_folders(*both, "{name} is {first} in the first and {second} in the second")
         obstacle, pairs = compared[both]
         ends = f"{first.name} at step {steps[0]} and {run.name} at step {steps[1]}"
         said.append(f"Single-shot pass@1 on {name}, {ends}: {_difference(first, run, obstacle, pairs.get(name))}")

@@ -203,17 +203,18 @@ def _first_program_shapes(inputs: RunInputs, engine: Engine, latest: int | None)
 
 
 def _recorded(run: Run) -> Run:
-    """Records the settings with which a run is resumed; one that has nothing left to do keeps those it was made with.
+    """Records the settings with which a run is resumed; of one that is finished, evaluations keep those they had.
 
     Returns:
         The run with the settings that are recorded.
     """
-    config, workdir = run.config, run.workdir
-    if run.resumed_after == run.inputs.total_steps and not run.lacks_evaluation(run.resumed_after):
+    config, workdir, step = run.config, run.workdir, run.resumed_after
+    if step == run.inputs.total_steps:
         made = freeze(cluster.from_first(lambda: to_dict(read_config(workdir))))
-        if told := resuming.unused_settings(made, config, workdir):
-            run.console.message(told)
-        config = resuming.kept_settings(made, config)
+        if not any(replace(run, config=each).lacks_evaluation(step) for each in (made, config)):
+            if told := resuming.unused_settings(made, config, workdir):
+                run.console.message(told)
+            config = replace(config, evaluation=made.evaluation)
     cluster.from_first(functools.partial(_record_resume, workdir, config))
     return replace(run, config=config)
 

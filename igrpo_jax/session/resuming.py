@@ -5,7 +5,6 @@ change.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from igrpo_jax.config import Config, differences, to_dict
@@ -54,12 +53,6 @@ def unused_settings(made: Config, asked: Config, workdir: Path) -> str:
         f"the run is finished, so nothing was evaluated with the changed settings ({', '.join(changed)}), and "
         f"config.json keeps the old ones; to evaluate with others, run python -m igrpo_jax.evaluate --model {workdir}"
     )
-
-
-def kept_settings(made: Config, asked: Config) -> Config:
-    """Returns the settings of a finished run, `made` with those of an export, which is all that it still does."""
-    export, push = asked.checkpoint.export, asked.checkpoint.push
-    return replace(made, checkpoint=replace(made.checkpoint, export=export, push=push))
 
 
 def changed_rewards(before: Mapping[str, str], now: Mapping[str, str], resumed_after: int) -> str:

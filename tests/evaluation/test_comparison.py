@@ -47,8 +47,12 @@ def test_two_folders_compared(tmp_path):
 
 def test_of_a_run_the_last_evaluation_is_compared(tmp_path):
     first = folder(tmp_path / "a", {0: [0], 1: [0]})
-    folder(tmp_path / "run" / "evaluations" / "step_000009", {0: [0], 1: [0]})
-    last = folder(tmp_path / "run" / "evaluations" / "step_000010", {0: [1], 1: [0]})
+    evaluations = tmp_path / "run" / "evaluations"
+    folder(evaluations / "step_000009", {0: [0], 1: [0]})
+    last = folder(evaluations / "step_000010", {0: [1], 1: [0]})
+    for complete in evaluations.iterdir():
+        (complete / "summary.json").write_text("{}")
+    folder(evaluations / "step_000011", {0: [1]})  # was preempted
     assert comparison.compare(first, tmp_path / "run") == comparison.compare(first, last)
 
 

@@ -295,7 +295,7 @@ def test_problems_are_compared_in_pairs_where_their_rows_are_there(tmp_path):
     assert conclusion.answer == "Not shown" and "+5.0 points" in conclusion.reasons[0]
     write_evaluation(folder, 10, range(20))  # 4 become right and none wrong: p = 2 / 2^4
     conclusion = concluded(folder)
-    assert conclusion.answer == "Not shown" and "sign test leaves that open (p = 0.12)" in conclusion.reasons[0]
+    assert conclusion.answer == "Not shown" and "p = 0.12 by an exact sign test" in conclusion.reasons[0]
     (folder / "evaluations" / "step_000010" / "b.jsonl").write_text('{"index": 0}\n{"ind')
     conclusion = concluded(folder)
     assert conclusion.answer == "Not shown" and "intervals overlap" in conclusion.reasons[0]
@@ -343,8 +343,15 @@ def test_runs_are_compared_by_their_last_single_shots_and_by_what_they_took(tmp_
     (igrpo,), (other,), (lost,) = (shown.versus for shown in others)
     assert first.versus == []
     assert igrpo.startswith("Single-shot pass@1 on b, grpo at step 10 and igrpo at step 10: 40.0% and 55.0%, ")
-    assert "igrpo - grpo = +15.0 points, 95 % interval " in igrpo and igrpo.endswith("14 better and 8 worse")
-    assert other.endswith("in more than the model: samples was 2 and then 1") and "not compared" in lost
+    assert (
+        "igrpo - grpo = +15.0 points, 95 % interval " in igrpo
+        and "p = 0.29 by an exact sign test" in igrpo
+        and igrpo.endswith("14 better and 8 worse")
+    )
+    assert (
+        other.endswith("in more than the model: samples is 2 in the first and 1 in the second")
+        and "not compared" in lost
+    )
     page = (tmp_path / "out" / "index.html").read_text()
     assert igrpo in page and "refinements see a draft, other completions do not" in page
     cells = re.search(r"<th>tokens sampled</th>(.*)</tr>", page)[1]

@@ -66,17 +66,22 @@ MADE = config.EvaluationConfig(every=1, samples=2, benchmarks=("arithmetic",))
 
 
 @pytest.mark.parametrize(
-    ("scores", "steps", "is_kept"),
-    [({5: {"eval/arithmetic/pass@1": 0.5}}, 5, True), ({}, 5, False), ({5: {}}, 6, False)],
-    ids=["finished", "its last evaluation is missing", "more steps"],
+    ("scores", "steps", "every", "is_kept"),
+    [
+        ({5: {"eval/arithmetic/pass@1": 0.5}}, 5, 1, True),
+        ({}, 5, 1, False),
+        ({}, 5, 0, False),
+        ({5: {}}, 6, 1, False),
+    ],
+    ids=["finished", "its last evaluation is missing", "and is not asked for any more", "more steps"],
 )
-def test_a_finished_run_keeps_the_settings_of_its_evaluations(tmp_path, scores, steps, is_kept):
+def test_a_finished_run_keeps_the_settings_of_its_evaluations(tmp_path, scores, steps, every, is_kept):
     """config.json, and the report with it, said that the scores came from settings that were never used."""
     made = config.Config(steps=5, evaluation=MADE)
     asked = dataclasses.replace(
         made,
         steps=steps,
-        evaluation=dataclasses.replace(MADE, samples=4),
+        evaluation=dataclasses.replace(MADE, samples=4, every=every),
         checkpoint=config.CheckpointConfig(export=True, every=7),
     )
     workdirs.prepare_workdir(tmp_path, made)
@@ -86,8 +91,8 @@ def test_a_finished_run_keeps_the_settings_of_its_evaluations(tmp_path, scores, 
         given = {"config": asked, "workdir": tmp_path, "console": console, "resumed_after": 5}
         given |= {"inputs": SimpleNamespace(total_steps=steps), "progress": Progress(scores)}
         run = opening._recorded(Run(**nothing | given))
-    exported = dataclasses.replace(made, checkpoint=config.CheckpointConfig(export=True))
-    assert run.config == workdirs.read_config(tmp_path) == (exported if is_kept else asked)
+    kept = dataclasses.replace(asked, evaluation=MADE)
+    assert run.config == workdirs.read_config(tmp_path) == (kept if is_kept else asked)
     told = printed.getvalue()
     assert ("nothing was evaluated with the changed settings (config.evaluation.samples: 2 -> 4)" in told) == is_kept
     assert (f"python -m igrpo_jax.evaluate --model {tmp_path}" in told) == is_kept
