@@ -213,7 +213,7 @@ def _arguments(address: Mapping[str, Any]) -> dict[str, Any] | None:
     if address.get("num_processes") == 1 or not (address or _is_one_of_several()):
         return None
     devices = _gpus_of_the_process()
-    return dict(address) | ({"local_device_ids": devices} if devices else {})
+    return dict(address) | ({} if devices is None else {"local_device_ids": devices})
 
 
 def _is_one_of_several() -> bool:
@@ -234,23 +234,24 @@ def _is_one_of_several() -> bool:
 
 
 def _gpus_of_the_process() -> list[int] | None:
-    """Returns the local GPUs of this process where JAX may choose wrongly, else None.
+    """Returns the local GPUs of this process where JAX may choose wrongly, else None; [] is all that it is shown.
 
-    JAX gives a process of a launcher that it sees the GPU of its local number. But a Slurm task that is alone on its
-    node takes all GPUs, and a process that is shown one GPU takes that, whose number is 0. JAX does not see Open MPI 5.
+    JAX gives a process of a launcher that it sees the GPU of its local number. But a process that is alone on its
+    machine takes all GPUs, and a process that is shown GPUs of its own takes these. JAX does not see Open MPI 5.
     """
     # First: inside a Slurm job, mpirun passes on Slurm's variables, and these describe its daemon.
     rank, is_task = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), "SLURM_LOCALID" in os.environ
     if (rank is None and not is_task) or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
-    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if rank is not None or not re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        if visible and "," not in visible:
-            return [0]
-        return None if rank is None else [int(rank)]
-    if visible:
-        return list(range(len(visible.split(","))))
-    return list(range(int(count))) if count.isdecimal() else None
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if rank is not None:
+        # Another number of GPUs than of processes is what a script before the command chose for this process alone.
+        processes = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", len(visible)))
+        return [int(rank)] if processes != 1 and len(visible) in (0, processes) else []
+    if not re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        return [0] if len(visible) == 1 else None
+    count = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return list(range(len(visible) or int(count))) if visible or count.isdecimal() else None
 
 
 # How they end together.

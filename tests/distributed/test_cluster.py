@@ -61,10 +61,31 @@ def test_the_gpus_of_a_process_are_the_same_where_its_address_is_given(slurm, mo
     assert devices() == list(range(8))
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")  # of mpirun inside the job
     assert devices() == [3]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
-    assert devices() == [0]
     monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "2,3")  # JAX reads it itself
     assert devices() is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "visible", "expected"),
+    [
+        (0, 1, "", []),  # [] = all that it is shown, however many
+        (0, 1, "4,5,6,7", []),
+        (3, 4, "", [3]),
+        (3, 4, "4,5,6,7", [3]),
+        (1, 2, "4,5,6,7", []),  # a script before the command chose them for this process
+        (3, 4, "2,3", []),
+        (3, 4, "5", []),
+    ],
+)
+def test_processes_of_mpirun_take_one_gpu_each_unless_alone_or_shown_their_own(
+    slurm, monkeypatch, rank, processes, visible, expected
+):
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", str(rank))
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", str(processes))
+    # Also inside a Slurm job, whose variables describe mpirun's daemon: JAX would take the first GPU from them.
+    assert slurm(CUDA_VISIBLE_DEVICES=visible) == {"local_device_ids": expected}
+    detect = abort.clusters.ClusterEnv.auto_detect_unset_distributed_params
+    assert detect("h:1", 2, 0, expected, None, 1)[3] == expected
 
 
 @pytest.mark.parametrize("host", ["localhost", ""])
