@@ -153,9 +153,12 @@ def _dense(raw: dict, source: str) -> DecoderConfig:
     if kind != "qwen2":  # its biases are not optional
         _only(raw, source, attention_bias=False)
     rope, common = _rope(raw, source), _common(raw, source)
+    heads, width = common["num_heads"], common["hidden_size"]
+    head_dim = value(raw, source, WHOLE, "head_dim", width // heads)
+    refuse(head_dim > 0, source, "num_attention_heads", heads, f"at most hidden_size = {width}, or name head_dim")
     return DecoderConfig(
         **common,
-        head_dim=value(raw, source, WHOLE, "head_dim", common["hidden_size"] // common["num_heads"]),
+        head_dim=head_dim,
         pattern="*-" * value(raw, source, WHOLE, "num_hidden_layers"),
         rope_theta=float(value(rope, source, NUMBER, "rope_theta", 10_000.0)),
         rope_scaling=_rope_scaling(rope, source),
@@ -207,12 +210,11 @@ def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
     _only(raw, source, mamba_conv_bias=True, mamba_dt_limit=None, num_nextn_predict_layers=0)
     names = functools.partial(value, raw, source, NAMES)
     layers = names("layers_block_type", []) or names("layer_types", [])
-    layers = layers or value(raw, source, TEXT, "hybrid_override_pattern")
+    layers = layers or value(raw, source, PATTERN, "hybrid_override_pattern")
     letters = [_LETTERS.get(name, name) for name in layers]
     unknown = sorted({*letters} - {*"M*-"})
     refuse(not unknown, source, "kind of layer", ", ".join(unknown), "M (Mamba-2), * (attention) or - (MLP)")
     whole = functools.partial(value, raw, source, WHOLE)
-    low, high = _limits(value(raw, source, LIMITS, "time_step_limit", [0.0, math.inf]))
     mamba = MambaConfig(
         num_heads=whole("mamba_num_heads"),
         head_dim=whole("mamba_head_dim"),
@@ -222,7 +224,7 @@ def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
         chunk_size=whole("chunk_size"),
         # NVIDIA's code clips to this, whether it trains or samples. transformers 5.23 clips to time_step_min in prefill
         # alone, with which a model would sample from another distribution than it is trained on.
-        time_step_limit=(float(low), float(high)),
+        time_step_limit=value(raw, source, LIMITS, "time_step_limit", (0.0, math.inf)),
     )
     refuse(mamba.num_heads % mamba.num_groups == 0, source, "n_groups", mamba.num_groups, "a divisor of the heads")
     return DecoderConfig(
@@ -240,40 +242,51 @@ def _nemotron_h(raw: dict, source: str) -> DecoderConfig:
 READERS = {"llama": _dense, "qwen2": _dense, "qwen3": _dense, "nemotron_h": _nemotron_h}  # by model_type
 
 
+def _limits(given: Any) -> tuple[float, float] | None:
+    """Returns the two ends of a range; None if it has no such ends.
+
+    JSON has no infinity: an end may be a text, or, as some transformers write it, {"__float__": "Infinity"}.
+    """
+    if not isinstance(given, list):
+        return None
+    try:
+        low, high = (float(end["__float__"] if isinstance(end, dict) else end) for end in given)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return None if math.isnan(low) or math.isnan(high) else (low, high)
+
+
 # Kinds of values, in the words of an error.
-WHOLE, NUMBER, FLAG, TEXT = "a whole number above 0", "a number above 0", "true or false", "a text"
+WHOLE, NUMBER, FLAG, PATTERN = "a whole number above 0", "a number above 0", "true or false", "a text or list of names"
 NAMES, OBJECT, LIMITS = "a list of names", "an object", "a list of two numbers"
 TOKENS = "a token id or a list of them"
 _IS: dict[str, Callable[[Any], bool]] = {
-    WHOLE: lambda x: type(x) is int and x > 0,  # not bool, which is a kind of int
+    # Not bool, which is a kind of int. Some tools write whole numbers as floats.
+    WHOLE: lambda x: type(x) in (int, float) and x > 0 and x % 1 == 0,
     NUMBER: lambda x: type(x) in (int, float) and 0 < x < math.inf,
-    FLAG: lambda x: isinstance(x, bool),
-    TEXT: lambda x: isinstance(x, str),
+    FLAG: lambda x: x in (True, False),  # 1 and 0 too
+    PATTERN: lambda x: isinstance(x, str) or _IS[NAMES](x),
     NAMES: lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
     OBJECT: lambda x: isinstance(x, dict),
-    LIMITS: lambda x: isinstance(x, list) and len(x) == 2 and all(type(end) in (int, float) for end in _limits(x)),
+    LIMITS: lambda x: _limits(x) is not None,
     TOKENS: lambda x: all(type(id) is int or id is None for id in (x if isinstance(x, list) else [x])),
 }
+_AS: dict[str, Callable[[Any], Any]] = {WHOLE: int, FLAG: bool, LIMITS: _limits}  # others stay as they are
 
 
 def value(raw: dict, source: str, kind: str, name: str, default: Any = ...) -> Any:
-    """Returns the value of a key of a JSON file, and `default` where it is missing or null.
+    """Returns the value of a key of a JSON file; `default` where it is missing, null, or a 0 that the kind lacks.
 
     Raises:
         InputError: it is not of the `kind`, or null without a default.
         KeyError: it is missing, without a default.
     """
     given = raw[name] if default is ... else raw.get(name)
-    if given is None and default is not ...:
+    fits = _IS[kind](given)
+    if default is not ... and (given is None or not (given or fits)):  # 0 is a token's id, but no number of heads
         return default
-    refuse(_IS[kind](given), source, name, given, kind)
-    return given
-
-
-def _limits(ends: list) -> tuple[Any, Any]:
-    """Returns the two ends of a range. JSON has no infinity: some transformers write {"__float__": "Infinity"}."""
-    low, high = (math.inf if end in ("inf", {"__float__": "Infinity"}) else end for end in ends)
-    return low, high
+    refuse(fits, source, name, given, kind)
+    return _AS[kind](given) if kind in _AS else given
 
 
 def _only(raw: dict, source: str, **supported: object) -> None:

@@ -175,8 +175,13 @@ def test_nemotron_h_of_older_and_newer_files(nemotron):
     old = {"layers_block_type": ..., "layer_types": ..., "hybrid_override_pattern": "M-*", "time_step_limit": ...}
     edit_json(nemotron / "config.json", **old, head_dim=..., attention_head_dim=16)
     assert hf_files.load_config(str(nemotron)) == new
-    edit_json(nemotron / "config.json", time_step_limit=[0.001, float("inf")])  # Infinity, as Python writes it
-    assert hf_files.load_config(str(nemotron)).mamba.time_step_limit == (0.001, float("inf"))
+    for low in (0.001, "0.001"):
+        # The first is written as Infinity.
+        for high in (float("inf"), "inf", "Infinity", {"__float__": "inf"}, {"__float__": "Infinity"}):
+            edit_json(nemotron / "config.json", time_step_limit=[low, high])
+            assert hf_files.load_config(str(nemotron)).mamba.time_step_limit == (0.001, float("inf"))
+    edit_json(nemotron / "config.json", time_step_limit=[], hybrid_override_pattern=[*"M-*"])
+    assert hf_files.load_config(str(nemotron)) == new
     tensors = safetensors.numpy.load_file(nemotron / "model.safetensors")
     prefixes = ("backbone.", "model.") if "model.norm_f.weight" not in tensors else ("model.", "backbone.")
     edit_tensors(nemotron, lambda x: [x.update({k.replace(*prefixes): x.pop(k)}) for k in list(x)])
@@ -199,10 +204,12 @@ def test_nemotron_h_of_older_and_newer_files(nemotron):
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
         ({"n_groups": 3}, "n_groups = 3"),
         ({"ssm_state_size": ...}, "has no 'ssm_state_size'; is it the config.json of a nemotron_h model?"),
-        ({"ssm_state_size": 8.0}, "ssm_state_size = 8.0 is not supported; use a whole number above 0"),
+        ({"ssm_state_size": 8.5}, "ssm_state_size = 8.5 is not supported; use a whole number above 0"),
         ({"layers_block_type": [["mamba"]]}, "layers_block_type = [['mamba']] is not supported; use a list of names"),
         ({"hybrid_override_pattern": 3}, "hybrid_override_pattern = 3 is not supported; use a text"),
         ({"time_step_limit": [0.0, "wide"]}, "time_step_limit = [0.0, 'wide'] is not supported; use a list of two num"),
+        ({"time_step_limit": "01"}, "time_step_limit = '01' is not supported; use a list of two numbers"),
+        ({"time_step_limit": [0.0, "nan"]}, "time_step_limit = [0.0, 'nan'] is not supported; use a list of two numb"),
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon = None is not supported; use a number above 0"),
         ({"ssm_state_size": 8}, "backbone.layers.0.mixer.in_proj.weight is (132, 32), not (100, 32)"),
     ],
@@ -301,7 +308,9 @@ def test_a_scaling_that_was_added_to_newer_files_is_refused_by_name(copy, kind):
         ({"quantization_config": "awq"}, "quantization_config of method = 'awq' is not supported; use weights in"),
         ({"layer_types": 2}, "layer_types = 2 is not supported; use a list of names"),
         ({"num_hidden_layers": None}, "num_hidden_layers = None is not supported; use a whole number above 0"),
-        ({"num_hidden_layers": 2.0}, "num_hidden_layers = 2.0 is not supported; use a whole number above 0"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers = 2.5 is not supported; use a whole number above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0 is not supported; use a whole number above 0"),
+        ({"head_dim": 0, "num_attention_heads": 64}, "num_attention_heads = 64 is not supported; use at most hidden_s"),
         ({"num_key_value_heads": True}, "num_key_value_heads = True is not supported; use a whole number above 0"),
         ({"vocab_size": "300"}, "vocab_size = '300' is not supported; use a whole number above 0"),
         ({"max_position_embeddings": None}, "max_position_embeddings = None is not supported; use a whole number abo"),
@@ -314,6 +323,22 @@ def test_a_model_that_the_decoder_does_not_have(copy, changes, expected):
     message = load_error(copy)
     assert "config.json" in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "without"),
+    [
+        ({"head_dim": 0, "num_key_value_heads": 0, "tie_word_embeddings": 0}, ...),  # as if they were missing
+        ({"vocab_size": float(BASE["vocab_size"]), "tie_word_embeddings": 1}, True),
+    ],
+)
+def test_zeros_whole_floats_and_flags_of_0_and_1_are_read(copy, changes, without):
+    edit_json(copy / "config.json", **changes)
+    read = hf_files.load_config(str(copy))
+    edit_json(copy / "config.json", **{name: ... for name in changes if name != "vocab_size"})
+    edit_json(copy / "config.json", vocab_size=BASE["vocab_size"], tie_word_embeddings=without)
+    assert read == hf_files.load_config(str(copy))
+    assert type(read.vocab_size) is int and type(read.tie_embeddings) is bool
 
 
 def test_a_part_of_the_head_that_is_null_is_not_named(copy):
