@@ -464,7 +464,7 @@ class RewardsConfig:
     timeout: Seconds = 5.0
     # Address space that each verifier process may use, in GiB; a grading that needs more fails. A reward of your own
     # that imports PyTorch or loads a model may need more.
-    memory_gib: Annotated[float, AtLeast(1)] = 4.0
+    memory_gib: Annotated[float, Between(1, 2**20)] = 4.0
     # Fraction of a step's gradings that may fail, time out or have no verdict before the run stops. A completion has no
     # verdict if the judge gave none, or if every reward function returned None.
     max_error_fraction: Annotated[float, Between(0, 1)] = 0.5

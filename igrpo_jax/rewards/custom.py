@@ -36,6 +36,7 @@ from absl import logging
 from igrpo_jax.errors import InputError, one_line, quoted
 from igrpo_jax.records import Candidate
 from igrpo_jax.rewards import functions
+from igrpo_jax.rewards.failures import memory_fix
 from igrpo_jax.rewards.functions import CustomReward, TrainerState
 from igrpo_jax.rewards.pool import Outcome, Pool
 
@@ -283,9 +284,6 @@ _TAKES_LISTS = re.compile(
     r"AttributeError: 'list' object has no attribute|TypeError: (?:expected string or bytes-like|list indices must be)"
 )
 
-
-# What Python, and the loader of its extensions, say where the address space of a process is used up.
-_WANTS_MEMORY = re.compile(r"MemoryError|[Cc]annot allocate memory|failed to map segment")
 _UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
 
 
@@ -293,9 +291,8 @@ def _rehearsed(reward: CustomReward, candidate: Candidate, outcome: Outcome) -> 
     if outcome.status == "ok":
         return outcome.value.value
     detail = " ".join(outcome.detail.removeprefix(f"{reward.path}: ").split())
-    fix = "; raise config.rewards.timeout, or make it faster" if outcome.status == "timeout" else ""
-    if _WANTS_MEMORY.search(detail):
-        fix = "; if it needs more memory than config.rewards.memory_gib, raise that"
+    is_slow = outcome.status == "timeout"
+    fix = "; raise config.rewards.timeout, or make it faster" if is_slow else memory_fix(detail)
     if _TAKES_LISTS.search(detail) if reward.conversational else _TAKES_TEXTS.search(detail):
         wanted = "texts" if reward.conversational else "chat messages"
         fix = f"; set config.rewards.conversational = {not reward.conversational} if it expects {wanted}"

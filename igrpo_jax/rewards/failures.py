@@ -1,6 +1,7 @@
 """When gradings that failed stop a run: above the share of them in config.rewards.max_error_fraction."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from igrpo_jax.errors import RunError
@@ -8,6 +9,10 @@ from igrpo_jax.records import STATUSES, Score
 
 # Statuses that count towards max_error_fraction: no grading took place, or it gave no verdict.
 FAILED = ("timeout", "error", "invalid")
+
+# What Python, and the loader of its extensions, say where the address space of a process is used up. The stack of each
+# thread takes 8 MiB of it.
+_WANTS_MEMORY = re.compile(r"MemoryError|[Cc]annot allocate memory|failed to map segment|can't start new thread")
 
 
 class VerifierError(RunError):
@@ -20,6 +25,12 @@ class VerifierError(RunError):
     def __init__(self, message: str, comes_again: bool = False):
         super().__init__(message)
         self.comes_again = comes_again
+
+
+def memory_fix(detail: str) -> str:
+    """Returns the end of an error whose `detail` says that a worker was out of memory; "" for any other detail."""
+    wants = _WANTS_MEMORY.search(detail)
+    return "; if a reward needs more memory than config.rewards.memory_gib, raise that" if wants else ""
 
 
 def too_many_failed(statuses: Sequence[str], max_error_fraction: float) -> bool:
@@ -43,6 +54,7 @@ def check_errors(scores: Sequence[Score], max_error_fraction: float) -> None:
     if unjudged:
         detail = f"the judge of config.rewards.judge (base_url, model, api_key_env) gave none: {unjudged[0].detail}"
     reason = f". The first: {detail}" if detail else ""
+    reason += next(filter(None, (memory_fix(score.detail) for score in failed)), "")
     if count["timeout"]:
         reason += ". A larger config.rewards.timeout helps where the machine is overloaded"
     unvalued = count["invalid"] - len(unjudged)

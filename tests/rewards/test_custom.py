@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import os
+import threading
 import time
 from collections.abc import Sequence
 
@@ -449,10 +450,23 @@ def large(completions, **columns):
     return [float(len(bytearray(3 << 30)))] * len(completions)
 
 
+def many_threads(completions, **columns):
+    """Starts threads whose stacks together are larger than the address space of a worker."""
+    done = threading.Event()
+    threading.stack_size(256 << 20)
+    try:
+        for _ in range(20):
+            threading.Thread(target=done.wait, daemon=True).start()
+    finally:
+        done.set()
+    return [1.0] * len(completions)
+
+
 def nan_then_sleeps(prompts, completions, **columns):
     return sleeps(completions) if prompts[0] == "skip" else [math.nan] * len(completions)
 
 
+MEMORY_FIX = r"; if a reward needs more memory than config\.rewards\.memory_gib, raise that"
 PROBLEMS = [[Candidate(text, "4", "", question) for text in ("a", "bbb")] for question in ("What\nis it?", "skip")]
 
 
@@ -472,11 +486,8 @@ def test_a_rehearsal_returns_the_values_by_function_problem_and_completion():
         ("wants_reference", 10.0, r"TypeError: .*'reference' \(in wants_reference, .*, line \d+; .* columns answer\)$"),
         ("not_finite", 10.0, "returned nan; return None to skip a completion$"),
         ("sleeps", 0.5, r"no result within 0.5 s; raise config\.rewards\.timeout, or make it faster$"),
-        (
-            "large",
-            10.0,
-            r"MemoryError: .*; if it needs more memory than config\.rewards\.memory_gib, raise that$",
-        ),
+        ("large", 10.0, rf"MemoryError: .*{MEMORY_FIX}$"),
+        ("many_threads", 10.0, rf"RuntimeError: can't start new thread .*{MEMORY_FIX}$"),
     ],
 )
 def test_a_rehearsal_refuses_a_function_that_fails(name, timeout, words):

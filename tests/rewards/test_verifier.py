@@ -244,6 +244,16 @@ def test_errors_stop_the_run():
     assert not caught.value.comes_again
 
 
+@pytest.mark.parametrize("detail", ["MemoryError: ", "RuntimeError: can't start new thread"])
+def test_the_limit_of_memory_is_named_where_gradings_failed_at_it(detail):
+    late = [Score(0.0, {}, None, "timeout", detail="late"), Score(0.0, {}, None, "error", detail=f"m:f: {detail}")]
+    stated = r"; if a reward needs more memory than config\.rewards\.memory_gib, raise that"
+    with pytest.raises(VerifierError, match=rf"The first: m:f: {detail}{stated}$"):
+        check_errors(late[1:], 0.5)
+    with pytest.raises(VerifierError, match=rf"The first: late{stated}\. A larger config\.rewards\.timeout"):
+        check_errors(late, 0.5)
+
+
 def test_rewards_that_return_none_too_often_are_named_with_the_fix():
     """The same command, which was named as the way to go on, came to the same end."""
     none = Score(math.nan, {"custom": math.nan}, None, "invalid", detail="every reward function returned None")
