@@ -107,7 +107,8 @@ def test_figures_of_the_transfer_say_why_they_are_not_known():
     named = {name: lines[meaning] for name, meaning in page.FIGURES["Transfer"].items()}
     mixed = "not known: fewer than 5 problems have right and wrong answers on one of the prompts, or a mean gradient"
     assert named["cosine"] == named["cosine_credited"] == f"{mixed} is lost in noise"
-    assert named["reliance_wrong"] == "not known: fewer than 5 problems have a right refinement of a wrong draft that is kept"
+    why = "fewer than 5 problems have a right refinement of a wrong draft that is kept"
+    assert named["reliance_wrong"] == f"not known: {why}"
     assert named["reliance"] == "0.50 (0.25 to 1.00)" and named["along"] == "not known"
 
 
