@@ -311,7 +311,7 @@ def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
         make_engine(tiny[0], one_device(), EOS, **sizes, pages=4)
     assert make_engine(tiny[0], one_device(), EOS, **sizes, pages=5).sizes.pages == 5
     with pytest.raises(InputError, match="9 tokens, which need 1 page of 16; set"):
-        configured._check_pages(SimpleNamespace(pages=0, least_pages=1, length=9, page_size=16))
+        configured._check_sizes(SimpleNamespace(pages=0, least_pages=1, length=9, page_size=16), None, 1, 1)
 
 
 def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
