@@ -88,6 +88,12 @@ def without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _allowed(most: int) -> int:
+    """Returns `most` bytes of address space, or what this process may have at most (`ulimit -v`) where that is less."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    return most if hard == resource.RLIM_INFINITY else min(most, hard)
+
+
 def begin(memory_gib: float | None, preload: tuple[str, ...], environment: dict[str, str]) -> None:
     """Prepares a new worker, before it asks for an item.
 
@@ -98,7 +104,7 @@ def begin(memory_gib: float | None, preload: tuple[str, ...], environment: dict[
     os.environ.clear()
     os.environ.update(environment | BLANK)
     if memory_gib is not None:
-        most = int(memory_gib * 2**30)
+        most = _allowed(int(memory_gib * 2**30))
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # A worker that is killed while it holds the lock keeps it. After twice this time the others end too, and the pool

@@ -244,6 +244,21 @@ def test_a_worker_that_a_dying_server_does_not_start_is_started_by_the_next(monk
 
 
 @pytest.mark.slow
+def test_workers_start_below_a_limit_of_the_shell(tmp_path):
+    """As `ulimit -v` sets it, or a batch system: a process may not raise its own above it."""
+    program = tmp_path / "below.py"
+    program.write_text(
+        "import os\nfrom igrpo_jax.rewards.pool import Pool\n"
+        "if __name__ == '__main__':\n"
+        "    with Pool(os.getppid, workers=1, timeout=20.0, memory_gib=8.0) as pool:\n"
+        "        print(pool.submit().result().status)\n"
+    )
+    command = ["bash", "-c", f"ulimit -v {6 << 20} && exec {sys.executable} {program}"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ok\n", done.stderr
+
+
 def test_where_no_worker_starts_any_more_items_fail(monkeypatch):
     """Red if the thread that replaces a broken pool ends there: nobody would answer the item."""
 
