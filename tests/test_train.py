@@ -590,15 +590,17 @@ def test_a_finished_run_compiles_nothing_and_reads_neither_model_nor_problems(wh
 @pytest.mark.slow
 def test_a_finished_run_is_not_run_again(whole, tmp_path):
     """Also where its note is gone, with fewer slots and smaller micro-batches, as after want of memory. A row that was
-    lost is missed, and config.json keeps the settings of what was evaluated."""
+    lost is missed, and config.json keeps the settings of what was evaluated, and has the other new ones."""
     workdir = shutil.copytree(whole[0], tmp_path / "copy")
     (workdir / "finished.json").unlink()
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(lines[1:]))
-    kept = (workdir / "config.json").read_text()
+    recorded = lambda: json.loads((workdir / "config.json").read_text())
+    kept = recorded()["evaluation"]
     said = run(tmp_path, workdir, "rollout.slots=1", "learner.tokens_per_microbatch=256", "evaluation.samples=3")
     assert "resumed after 5" in said and "missing rows" in said
-    assert "nothing was evaluated" in said and (workdir / "config.json").read_text() == kept
+    assert "nothing was evaluated" in said and recorded()["evaluation"] == kept
+    assert recorded()["rollout"]["slots"] == 1
     assert (workdir / "metrics.jsonl").read_text() == "".join(lines[1:])
 
 
