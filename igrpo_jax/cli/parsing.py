@@ -196,10 +196,7 @@ def _settings(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         path, text = match.groups()
         check_field(path)
-        if text is None:
-            following = next(rest, "--")
-            text = None if following.startswith("--") else following
-        if text is None:
+        if text is None and (text := next(rest, "--")).startswith("--"):
             raise InputError(f"--config.{path}: has no value; give it as --config.{path}=VALUE")
         settings[path] = value_of_text(path, text)
     return others, settings

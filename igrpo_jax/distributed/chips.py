@@ -76,7 +76,9 @@ def known_bytes(device: "jax.Device") -> float | None:
     own = jax.local_devices()[0]
     is_there = device.client is own.client  # JAX refuses the statistics of another process's device
     reported = (own.memory_stats() or {}).get("bytes_limit") if is_there else None
-    return CHIPS[device.device_kind].hbm_bytes if not reported and device.device_kind in CHIPS else reported
+    if reported or device.device_kind not in CHIPS:
+        return reported
+    return CHIPS[device.device_kind].hbm_bytes
 
 
 def of(device_kind: str) -> Chip:
