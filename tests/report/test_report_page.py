@@ -131,6 +131,19 @@ def test_the_report_opens(page, out, tmp_path):
     assert page.run("view.flags") == ["copied"] and heads(page)[0].startswith(f"step {STEPS + 1} ·")
 
 
+def test_names_of_settings_are_not_broken_within_a_word(page, out):
+    page.look(390, 900)
+    open_report(page, out)
+    page.run("document.querySelector('details.settings').open = true")
+    page.run(
+        "lines = th => { const range = document.createRange(); range.selectNodeContents(th); "
+        "return new Set([...range.getClientRects()].map(line => line.top)).size }"
+    )
+    names = page.run("[...document.querySelectorAll('.settings tbody th')].map(th => [th.textContent, lines(th)])")
+    assert max(rows for _, rows in names) > 1  # the page is narrow enough for this to say something
+    assert [name for name, rows in names if rows > name.count(".") + 1] == []
+
+
 def test_of_ten_thousand_samples_a_page_loads_a_step(page, out):
     open_samples(page, out, "#run=0&step=79")
     there = page.run("steps().reduce((sum, step) => sum + step.flags.length, 0)")
