@@ -209,7 +209,7 @@ def _more(figures: Mapping[str, Estimate], ratio: Estimate, setting: Setting) ->
 
 
 def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) -> str:
-    """Returns a text on how many problems would do where right answers are wanting, by `problems_needed`.
+    """Returns a text on how many problems would do where few have right and wrong answers, by `problems_needed`.
 
     Where few problems are active, K answers make K / (N + G) times as many active as N + G answers do. A fraction that
     was 0 is replaced by the upper end of its interval, so more problems may be needed.
@@ -221,11 +221,11 @@ def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) ->
     if not math.isfinite(needed):
         return "the ratio is so near 1 that it matters little"
     if needed > MOST * setting.problems:
-        return f"right answers are too few, and it would take more than {MOST * setting.problems:,} problems to tell"
+        return f"problems with right and wrong answers are too few, and it would take more than {MOST * setting.problems:,} problems to tell"
     problems = math.ceil(needed / 10) * 10
     answers = f"{setting.samples} answers to each, {problems * setting.samples:,} in all"
     least = "about" if plain.value and refined.value else "at least"
-    return f"right answers are too few, and {least} {problems:,} problems would do ({answers})"
+    return f"problems with right and wrong answers are too few, and {least} {problems:,} problems would do ({answers})"
 
 
 def _expected(figures: Mapping[str, Estimate], more: bool | None) -> list[str]:

@@ -267,7 +267,7 @@ def proportion_at_most(successes: int, trials: int) -> float:
 
 
 def problems_needed(plain: float, refined: float, ratio: float) -> float:
-    """Returns how many problems a probe needs to tell a ratio of SNR^2 from 1 where right answers are rare.
+    """Returns how many problems a probe needs to tell a ratio of SNR^2 from 1 where few of them are active.
 
     FEW problems of each method must be active for a bootstrap; so that they surely are, SEEN must be expected. The log
     of the ratio of two rare proportions has the variance 1 / a + 1 / b, where a and b are the counts (Katz, Baptista,

@@ -247,7 +247,7 @@ def test_the_number_of_problems_by_hand():
     ("chances", "most", "samples"), [((0.013, 0.12, 0.12), 250, 8), ((0.0018, 0.02, 0.02), 400, 32)]
 )
 def test_a_probe_that_cannot_tell_says_how_many_problems_can(chances, most, samples):
-    """Where right answers are too few: of 30 probes of so many problems, at least two thirds tell."""
+    """Where too few problems have right and wrong answers: of 30 probes of so many problems, at least two thirds tell."""
     p, r, w = chances
     plain = 1 - (1 - p) ** (N + G)
     figures = {"plain_active": Estimate(plain, plain, plain)}
@@ -269,7 +269,7 @@ def test_a_probe_that_cannot_tell_says_how_many_problems_can(chances, most, samp
     ]
     assert told.count(True) >= 20 and False not in told
     few = [concluded(p, r, w, problems=64, seed=seed, cosine=(0.95, 0.9, 1.0)) for seed in range(30)]
-    wanting = [each for each in few if "right answers are too few" in " ".join(each.reasons)]
+    wanting = [each for each in few if "right and wrong answers are too few" in " ".join(each.reasons)]
     assert len(wanting) >= 5 and all(each.more_signal is None for each in wanting)
 
 
@@ -346,12 +346,12 @@ def test_a_share_that_is_0_up_to_rounding_is_0(right):
     for name in ("plain_active", "refined_active", "plain_snr", "refined_snr", "broken", "fixed", "trust", "repair"):
         assert figures[name].value == 0 and (figures[name].low == 0 or name in ("trust", "repair")), name
     text = " ".join(conclude(figures, Setting(24, 11, N, G, "group")).reasons)
-    assert re.search(r"right answers are too few, and at least \d{2,3} problems would do", text)
+    assert re.search(r"problems with right and wrong answers are too few, and at least \d{2,3} problems would do", text)
 
 
 def test_more_problems_than_can_be_asked_for_are_no_number():
     figures = estimate(simulated(0.02, 0.02, 0.02, problems=64))
     figures["ratio"] = Estimate(1 + 1e-6, 0.0, math.inf)
     text = " ".join(conclude(figures, Setting(64, K, N, G, "group")).reasons)
-    assert "right answers are too few, and it would take more than 6,400 problems to tell" in text
+    assert "problems with right and wrong answers are too few, and it would take more than 6,400 problems to tell" in text
     assert "would do" not in text

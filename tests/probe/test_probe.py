@@ -57,7 +57,7 @@ def test_a_probe_goes_on_where_it_was_killed(whole, tmp_path, capsys, monkeypatc
     again = f"python -m igrpo_jax.probe --model {whole[0]} --problems=3 --config.rollout.slots=8 --gradients=2"
     assert summary["command"] == again
     html = (out / "probe.html").read_text()
-    assert "cannot tell" in html and again in html
+    assert "<strong>Cannot tell" in html and again in html
     assert "K = 4 plain answers to each of 3 problems; the gradients of the first 2 were compared" in html
     assert len(list((out / "gradients").iterdir())) == 3
 
