@@ -220,12 +220,13 @@ def _wanting(figures: Mapping[str, Estimate], ratio: float, setting: Setting) ->
     needed = problems_needed(*shares, ratio)
     if not math.isfinite(needed):
         return "the ratio is so near 1 that it matters little"
+    few = "problems with right and wrong answers are too few"
     if needed > MOST * setting.problems:
-        return f"problems with right and wrong answers are too few, and it would take more than {MOST * setting.problems:,} problems to tell"
+        return f"{few}, and it would take more than {MOST * setting.problems:,} problems to tell"
     problems = math.ceil(needed / 10) * 10
     answers = f"{setting.samples} answers to each, {problems * setting.samples:,} in all"
     least = "about" if plain.value and refined.value else "at least"
-    return f"problems with right and wrong answers are too few, and {least} {problems:,} problems would do ({answers})"
+    return f"{few}, and {least} {problems:,} problems would do ({answers})"
 
 
 def _expected(figures: Mapping[str, Estimate], more: bool | None) -> list[str]:

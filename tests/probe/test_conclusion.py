@@ -247,7 +247,7 @@ def test_the_number_of_problems_by_hand():
     ("chances", "most", "samples"), [((0.013, 0.12, 0.12), 250, 8), ((0.0018, 0.02, 0.02), 400, 32)]
 )
 def test_a_probe_that_cannot_tell_says_how_many_problems_can(chances, most, samples):
-    """Where too few problems have right and wrong answers: of 30 probes of so many problems, at least two thirds tell."""
+    """Of 30 probes of so many problems, at least two thirds tell."""
     p, r, w = chances
     plain = 1 - (1 - p) ** (N + G)
     figures = {"plain_active": Estimate(plain, plain, plain)}
@@ -353,5 +353,5 @@ def test_more_problems_than_can_be_asked_for_are_no_number():
     figures = estimate(simulated(0.02, 0.02, 0.02, problems=64))
     figures["ratio"] = Estimate(1 + 1e-6, 0.0, math.inf)
     text = " ".join(conclude(figures, Setting(64, K, N, G, "group")).reasons)
-    assert "problems with right and wrong answers are too few, and it would take more than 6,400 problems to tell" in text
+    assert "right and wrong answers are too few, and it would take more than 6,400 problems to tell" in text
     assert "would do" not in text
