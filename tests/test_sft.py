@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -56,15 +57,22 @@ def losses(workdir):
 
 @pytest.mark.slow(seconds=12)
 @pytest.mark.parametrize("kind", ["llama", pytest.param("nemotron_h", marks=pytest.mark.proof)])
-def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, kind):
+def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, capsys, kind):
     settings = settings if kind == "llama" else with_hybrid(settings, tmp_path / "model")
     sft.train_sft(settings, tmp_path / "run")
-    before = losses(tmp_path / "run")
+    before, shown = losses(tmp_path / "run"), capsys.readouterr().out
+    assert re.search(
+        rf"step 3/3  loss {before[-1]:.4f}  with a draft \d.\d\d  entropy [\d.]+  .* s/step  left 0:00:00", shown
+    )
+    assert "evaluation" not in shown
     assert len(before) == 3 and before[2] < before[1] < before[0]
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "3")
-    sft.train_sft(settings, tmp_path / "cut")
+    # SFT evaluates nothing, and says so where it is asked to.
+    asked = replace(settings.evaluation, every=1, benchmarks=("arithmetic",))
+    sft.train_sft(replace(settings, evaluation=asked), tmp_path / "cut")
     assert losses(tmp_path / "cut") == before
+    assert re.search(r"evaluation +none in SFT; afterwards python -m igrpo_jax.evaluate", capsys.readouterr().out)
     with pytest.MonkeyPatch.context() as patch:  # one that has ended says so, and reads no checkpoint
         patch.setattr(sft.Checkpointer, "restore", None)
         sft.train_sft(settings, tmp_path / "cut")

@@ -71,9 +71,9 @@ class Console:
         )
         self._clock = clock
         self._waited_for: set[str] = set()  # kinds of programs that a line has said the run waits for
-        self._total = 0  # RL steps of the run
+        self._total = 0  # steps of the run
         self._every = 1  # steps from one line to the next
-        self._done = 0  # RL steps that are done
+        self._done = 0  # steps that are done
         self._began = 0.0  # reading of the clock when the count began
         self._last = 0.0  # reading of the clock at the end of the last step
         self._seconds: collections.deque[float] = collections.deque(maxlen=REMEMBERED)  # from one step to the next
@@ -97,10 +97,10 @@ class Console:
         history: Sequence[Row] = (),
         evaluations: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
-        """Begins the count of RL steps.
+        """Begins the count of steps.
 
         Args:
-            total_steps: steps of the run.
+            total_steps: steps of the run, of RL or of SFT.
             resumed_after: the step whose state the run begins with.
             every: steps from one printed line to the next.
             history: metrics of the steps that are done, which alerts need.

@@ -14,6 +14,8 @@ STEP: Parts = (
     ("drafts solved", "draft/accuracy", ".3f"),
     ("verdicts right", "verify/accuracy", ".3f"),
     ("reward", "reward", ".3f"),
+    ("loss", "sft/loss", ".4f"),
+    ("with a draft", "sft/draft_frac", ".2f"),
     ("entropy", "entropy", ".3f"),
     ("length", "completions/mean_length", ".0f"),
     ("draft length", "draft/mean_length", ".0f"),

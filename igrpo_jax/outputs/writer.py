@@ -35,7 +35,7 @@ class Writer:
 
     Attributes:
         rows: how many rows `metrics.jsonl` has now, which a checkpoint stores as the metrics cursor.
-        history: the rows of RL steps that `metrics.jsonl` had when it was opened.
+        history: the rows of training steps that `metrics.jsonl` had when it was opened.
         scores: the metrics of its evaluations, by step.
     """
 
@@ -61,7 +61,7 @@ class Writer:
             rows = rows_until(self._path, keep)
             self.rows = len(rows)
             read = [*map(json.loads, rows)]
-            self.history = [row for row in read if "loss" in row]
+            self.history = [row for row in read if row.keys() & {"loss", "sft/loss"}]
             self.scores = {row["step"]: scores for row in read if (scores := _scores(row))}
             self._file = Lines(self._path, "".join(rows))
             self._spool = Spool(workdir, trackers.KEPT)

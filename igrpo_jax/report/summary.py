@@ -16,7 +16,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import comparison
 from igrpo_jax.outputs.alerts import alerts, is_watched
 from igrpo_jax.outputs.evaluation_settings import changed, evaluation_folder, read_settings
-from igrpo_jax.report.runs import Curve, RecordedRun, counted
+from igrpo_jax.report.runs import LOSS, Curve, RecordedRun, counted
 
 CHANCE = 0.05  # p-value of the sign test below which a change counts as real
 ENDS = 0.1  # fraction of a run's steps at either end whose means are compared
@@ -131,7 +131,7 @@ def _conclusion(run: RecordedRun, spans: dict[str, Span]) -> Conclusion:
     if not spans:
         why = "its evaluation.every is 0" if run.setting("evaluation.every") == 0 else "no evaluation is finished yet"
         if run.is_sft:
-            why = "SFT has no evaluations"
+            why = "SFT has no evaluations; python -m igrpo_jax.evaluate measures what it has trained"
         reasons.append(f"Single-shot answers to held-out problems were not measured ({why})")
     if not tones:
         return Conclusion("Not known", "open", reasons)
@@ -204,6 +204,7 @@ def _changes(run: RecordedRun, trained: str, spans: dict[str, Span]) -> list[Cha
         ("solve rate, drafts", "draft", run.curve("draft/accuracy"), "%"),
         (f"reward, {trained}", "trained", run.curve("reward"), ".2f"),
         (f"length, {trained}", "", run.curve("completions/mean_length"), ",.1f"),
+        ("loss, nats/token", "", run.curve(LOSS), ".3f"),
         ("entropy, nats/token", "", run.curve("entropy"), ".3f"),
     ]
     changes = []

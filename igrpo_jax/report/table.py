@@ -2,11 +2,22 @@
 
 from igrpo_jax.report.plots import Line, Panel
 
-LEARNING, REFINING, HEALTH = "Is it learning?", "What refining does", "Health of the update"
-VERIFIER, TIME, WARM_START, OTHER = "Verifier", "Time and memory", "Warm start", "All other metrics"
+SFT, LEARNING, REFINING = "Supervised fine-tuning", "Is it learning?", "What refining does"
+HEALTH, VERIFIER, TIME = "Health of the update", "Verifier", "Time and memory"
+WARM_START, OTHER = "Warm start", "All other metrics"
 OF_DRAFTS = "Some drafts are measured, at the steps whose samples are printed."
 
 PANELS: dict[str, tuple[Panel, ...]] = {
+    SFT: (
+        Panel(
+            "sft_loss",
+            "Loss on solutions",
+            "nats per token",
+            "Cross-entropy of the solutions that a step imitates, before its update. Most of its fall is in the first "
+            "steps.",
+            (Line("loss", "trained", ("sft/loss",)),),
+        ),
+    ),
     LEARNING: (
         Panel(
             "solve_rate",

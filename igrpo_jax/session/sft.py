@@ -194,6 +194,7 @@ def _steps(
     """Runs the steps that are left, and saves the state after those that are due, the last one and a preemption."""
     done, learner, state, progress, writer = begun
     total = inputs.total_steps
+    context.console.start(total, done, inputs.config.log.every, writer.history)
     meta_of = lambda step: {"step": step, "total_steps": total} | progress.meta()
     try:
         for step in range(done + 1, total + 1):
@@ -239,11 +240,7 @@ def _step(
     writer.write(step, row)
     skipped, most = round(row["nonfinite_steps"]), config.learner.max_nonfinite_steps
     check_finite(step, skipped, made, advantages, progress, most, writer, console)
-    if step % config.log.every == 0 or step == inputs.total_steps:
-        console.message(
-            f"step {step}/{inputs.total_steps}  loss {row['sft/loss']:.4f}  gradient {row['grad_norm']:.3f}  "
-            f"with a draft {row['sft/draft_frac']:.2f}  {row['perf/step_time']:.1f} s"
-        )
+    console.step(step, row)
     return state
 
 
@@ -285,6 +282,7 @@ def _first_state(inputs: SftInputs, learner: Learner, console: Console) -> Train
 def _overview(inputs: SftInputs, workdir: Path) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first step."""
     config, lora = inputs.config, inputs.config.model.lora
+    asks = config.evaluation.every > 0 and bool(config.evaluation.benchmarks)
     drafts = f"{config.sft.draft_fraction:.0%} of the examples of problems that have one"
     return [
         ("model", f"{config.model.path}, {inputs.policy.cfg.num_params / 1e6:,.1f} M parameters"),
@@ -293,5 +291,6 @@ def _overview(inputs: SftInputs, workdir: Path) -> list[tuple[str, object]]:
         *inputs.notes,
         ("shown with a draft", drafts if config.sft.draft_fraction else "none"),
         ("optimizer", f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"),
+        *([("evaluation", f"none in SFT; afterwards python -m igrpo_jax.evaluate --model {workdir}")] * asks),
         ("workdir", workdir),
     ]

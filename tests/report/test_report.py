@@ -504,7 +504,7 @@ def test_panels_of_what_few_steps_measure_say_so():
 
 def test_an_sft_run_is_shown_as_what_it_is(tmp_path):
     settings = {"algorithm": {"num_drafts": 4, "loss_type": "grpo"}, "steps": 3, "prompts_per_step": 2}
-    rows = [{"step": i, "sft/loss": 3.0 - i, "perf/step_time": 0.5} for i in (1, 2, 3)]
+    rows = [{"step": i, "sft/loss": 3.5 - i, "entropy": 4.0**-i, "perf/step_time": 0.5} for i in range(1, 4)]
     run = read(write(tmp_path / "run", rows, settings))
     assert run.is_sft and run.steps == [1, 2, 3] and run.notes == []
     shown = summary.summary(run, "refinements")
@@ -512,6 +512,10 @@ def test_an_sft_run_is_shown_as_what_it_is(tmp_path):
         shown.facts
     )
     assert "SFT has no evaluations" in shown.conclusion.reasons[0]
+    loss = shown.changes[0]
+    assert (loss.name, loss.first, loss.last) == ("loss, nats/token", "2.500", "0.500")
+    section, (first, *_) = next(iter(panels.panels([run]).items()))
+    assert section == "Supervised fine-tuning" and first.lines[0].of(run).values.tolist() == [2.5, 1.5, 0.5]
 
 
 def test_the_folder_of_a_model_is_no_run(tmp_path):
