@@ -69,10 +69,12 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, 
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "3")
     # SFT evaluates nothing, and says so where it is asked to.
-    asked = replace(settings.evaluation, every=1, benchmarks=("arithmetic",))
+    asked = replace(settings.evaluation, every=1, benchmarks=("arithmetic",), drafts=2)
     sft.train_sft(replace(settings, evaluation=asked), tmp_path / "cut")
     assert losses(tmp_path / "cut") == before
-    assert re.search(r"evaluation +none in SFT; afterwards python -m igrpo_jax.evaluate", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.search(r"evaluation +none in SFT; afterwards python -m igrpo_jax.evaluate", shown)
+    assert re.search(r"without effect +evaluation.drafts: needs evaluation.rounds above 0", shown)
     with pytest.MonkeyPatch.context() as patch:  # one that has ended says so, and reads no checkpoint
         patch.setattr(sft.Checkpointer, "restore", None)
         sft.train_sft(settings, tmp_path / "cut")

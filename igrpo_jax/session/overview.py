@@ -15,6 +15,7 @@ from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.outputs.checkpoint import best_of
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.sampling.engine import Engine
+from igrpo_jax.schema.unused import unused
 from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run_inputs import RunInputs
 from igrpo_jax.storage.addresses import names
@@ -50,6 +51,7 @@ def before(
         *([("day of the chat template", config.data.template_date)] * bool(config.data.template_date)),
         *inputs.notes,
         *(("evaluation", note) for note in _evaluation(config, inputs.evaluation_plan)),
+        *(("without effect", text) for text in unused(config)),
         ("steps", f"{inputs.total_steps:,} of {config.prompts_per_step} prompts"),
         *_stages(config),
         ("trained tokens per step", f"at most {tokens:,}"),

@@ -38,6 +38,7 @@ from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.workdir import SFT, Claim, check_workdir, prepare_workdir, record_settings, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
+from igrpo_jax.schema.unused import unused
 from igrpo_jax.session import resuming
 from igrpo_jax.session.beginning import Beginning, claim_folder
 from igrpo_jax.session.progress import Progress, check_finite
@@ -291,6 +292,7 @@ def _overview(inputs: SftInputs, workdir: Path) -> list[tuple[str, object]]:
         *inputs.notes,
         ("shown with a draft", drafts if config.sft.draft_fraction else "none"),
         ("optimizer", f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"),
+        *(("without effect", text) for text in unused(config)),
         *([("evaluation", f"none in SFT; afterwards python -m igrpo_jax.evaluate --model {workdir}")] * asks),
         ("workdir", workdir),
     ]
