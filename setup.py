@@ -72,6 +72,7 @@ EXTRAS_REQUIRE = {
     "mlflow": ["mlflow>=3.0"],  # mlflow-skinny is enough with an MLFLOW_TRACKING_URI
     "dev": DEV,
     "test": [*DEV, *S3, "flask-cors>=5.0", "moto[s3]>=5.1", *NOTEBOOK, *TPU],  # moto: a stand-in of s3://
+    "pages": ["PySide6>=6.8", "websockets>=13"],  # Qt's browser, for tests of the report's pages without a Chromium
     # What decoder, objectives and LoRA are compared with.
     "parity": ["torch==2.13.0", "trl==1.16.0", "peft>=0.18,<1"],
 }

@@ -1,11 +1,12 @@
 """A headless Chromium for tests of pages, driven over its DevTools pipe; no library, no port.
 
-`browser()` finds Debian's or Google's browser, or None. Messages are JSON ended by a NUL byte, written to the browser's
-file descriptor 3 and read from its 4 (--remote-debugging-pipe).
+`browser()` finds Debian's or Google's browser, or else Qt's (the extra `pages`), or None. Messages are JSON ended by a
+NUL byte, written to the browser's file descriptor 3 and read from its 4 (--remote-debugging-pipe).
 """
 
 import base64
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -34,8 +35,12 @@ os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 
-def browser() -> str | None:
-    return next((path for path in map(shutil.which, NAMES) if path), None)
+def browser() -> list[str] | None:
+    """Returns the command that starts a browser, without its arguments."""
+    if path := next((path for path in map(shutil.which, NAMES) if path), None):
+        return [path]
+    has_qt = all(map(importlib.util.find_spec, ("PySide6", "websockets")))
+    return [sys.executable, str(Path(__file__).with_name("qt_browser.py"))] if has_qt else None
 
 
 class Page:
@@ -123,7 +128,7 @@ def opened(profile: Path) -> Iterator[Page]:
     """A page in a browser with this folder as its profile; the browser ends with the context."""
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
-    command = [sys.executable, "-c", START, str(to_read), str(from_write), browser(), *ARGUMENTS.split()]
+    command = [sys.executable, "-c", START, str(to_read), str(from_write), *browser(), *ARGUMENTS.split()]
     command.append(f"--user-data-dir={profile}")
     with open(profile.with_suffix(".log"), "wb") as log:
         pipe = (to_read, from_write)

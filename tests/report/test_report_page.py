@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 report_scale = importlib.import_module("report_scale")
 
-pytestmark = pytest.mark.skipif(chromium.browser() is None, reason="no Chromium (Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    chromium.browser() is None, reason="no Chromium (apt-get install chromium, or the extra pages)"
+)
 
 STEPS, PROMPTS = 79, 16  # with 4 drafts and 4 refinements each 10,112 samples
 HOSTILE = (
