@@ -117,9 +117,7 @@ def _of_slice(sizes: list[int], devices: list) -> np.ndarray:
     if is_together or set(each % tensor) != {0} or len(set(each)) != 1:
         return by_neighbours
     inner_fsdp = math.gcd(fsdp, each[0] // tensor)
-    inner_data = each[0] // tensor // inner_fsdp
-    if data % inner_data:
-        return by_neighbours
+    inner_data = each[0] // tensor // inner_fsdp  # divides `data`, because data x fsdp is a multiple of each / tensor
     inner, outer = (inner_data, inner_fsdp, tensor), (data // inner_data, fsdp // inner_fsdp, 1)
     return mesh_utils.create_hybrid_device_mesh(
         inner, outer, devices, process_is_granule=True, allow_split_physical_axes=True

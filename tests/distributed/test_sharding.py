@@ -85,6 +85,17 @@ def test_only_the_axis_data_crosses_slices(sizes):
     assert max(teams.tensors(mesh)) == 8
 
 
+@pytest.mark.parametrize("sizes", [(1, -1, 1), (4, -1, 1), (-1, 1, 1), (1, -1, 4)])
+def test_the_devices_of_a_host_come_one_after_another(sizes):
+    """Of a slice of 4 x 4 chips, 2 x 2 on each host, which the order of the torus alone would scatter."""
+    places = [(x, y, 0) for y in range(4) for x in range(4)]
+    owner = lambda x, y, _: 2 * (y // 2) + x // 2
+    hosts = [Chip(i, place, owner(*place), 0, device_kind="TPU v5 lite") for i, place in enumerate(places)]
+    mesh = sharding.make_mesh(config.MeshConfig(*sizes), hosts)
+    owners = sharding.owners(mesh.devices).reshape(4, 4)
+    assert (owners == owners[:, :1]).all() and set(owners[:, 0]) == {0, 1, 2, 3}
+
+
 def test_slices_that_do_not_divide_the_axis_data_are_refused():
     with pytest.raises(InputError, match=r"config\.mesh\.data = 1: must be a multiple of the 2 slices.*data to 2"):
         sharding.make_mesh(config.MeshConfig(), chips(2))
