@@ -147,16 +147,14 @@ def _checked(path: str, cfg: DecoderConfig) -> tuple[dict[str, Entry], dict[str,
     embedding = entries["embedding"].name
     if cfg.tie_embeddings and embedding not in stored and HEAD in stored:  # either of the two may be saved
         stored[embedding] = stored[HEAD]
-    _check(path, cfg, tensor_shapes(entries, decoder.shapes(cfg)), stored)
+    _check(path, tensor_shapes(entries, decoder.shapes(cfg)), stored)
     return entries, stored
 
 
-def _check(
-    path: str, cfg: DecoderConfig, expected: dict[str, tuple[int, ...]], tensors: dict[str, StoredTensor]
-) -> None:
+def _check(path: str, expected: dict[str, tuple[int, ...]], tensors: dict[str, StoredTensor]) -> None:
     """Raises InputError unless `tensors` are those expected, each once, in the right shape and a dtype we read."""
-    optional = {HEAD} if cfg.tie_embeddings else set()
-    extra = [x for x in tensors if x not in expected and x not in optional and not x.endswith("rotary_emb.inv_freq")]
+    # A tied model may carry its head, and older files the frequencies of RoPE.
+    extra = [x for x in tensors if x not in expected and x != HEAD and not x.endswith("rotary_emb.inv_freq")]
     shape = {name: tensors[name].shape for name in expected if name in tensors}
     misshapen = [f"{name} is {shape[name]}, not {expected[name]}" for name in shape if shape[name] != expected[name]]
     dtypes = [f"{name} is {tensors[name].dtype}" for name in shape if tensors[name].dtype not in BYTES]

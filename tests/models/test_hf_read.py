@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,16 @@ def test_a_fingerprint_tells_newer_weights_from_older_ones(saved, tmp_path):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")  # the last value has another sign or exponent
     assert hf_read.weights_fingerprint(str(copy)) != before
+
+
+def test_a_fingerprint_reads_of_every_part_of_a_large_file(tmp_path):
+    found, third = set(), 1 << 20
+    for number in range(4):  # as it was, and with another first, second and last third
+        file, content = tmp_path / f"{number}.safetensors", np.zeros(3 * third, np.uint8)
+        content[third * (number - 1) : third * number] = 1
+        content.tofile(file)
+        found.add(hf_read._parts(file, content.size, 0))
+    assert len(found) == 4
 
 
 @pytest.fixture(scope="module")
@@ -441,8 +452,10 @@ def test_one_tensor_in_two_files(tmp_path):
 def test_missing_extra_and_misshapen_tensors_are_named(copy):
     spare = copy.with_name("spare")
     shutil.copytree(copy, spare)
-    edit_tensors(copy, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias"))
-    assert "1 of 27 tensors missing from the files: model.layers.1.self_attn.k_proj.bias" in load_error(copy)
+    # Without the embeddings the head of an untied model does not stand in for them.
+    for name in ("model.layers.1.self_attn.k_proj.bias", "model.embed_tokens.weight"):
+        edit_tensors(copy, lambda tensors, name=name: tensors.pop(name))
+        assert re.search(rf"\d of 27 tensors missing from the files: .*{name}", load_error(copy))
     edit_json(spare / "config.json", intermediate_size=40)
     message = load_error(spare)
     assert "6 of 27 tensors of another shape than config.json says" in message
@@ -529,6 +542,14 @@ def test_a_completion_ends_with_an_end_that_the_model_has(tmp_path):
     assert "no end-of-sequence token; set eos_token_id" in error_of(
         dataclasses.replace(lacking, eos_ids=()).encode_completion, "ab"
     )
+
+
+def test_a_tokenizer_with_ids_that_the_weights_lack(tmp_path):
+    save_byte_model(tmp_path)
+    assert open_policy(config.ModelConfig(path=str(tmp_path))).cfg.vocab_size == 257  # all that the tokenizer has
+    save_byte_model(tmp_path, vocab_size=256)
+    message = error_of(open_policy, config.ModelConfig(path=str(tmp_path)))
+    assert "its tokenizer has ids up to 256, its weights a vocabulary of 256" in message
 
 
 def test_a_sentencepiece_tokenizer(copy, tmp_path):
