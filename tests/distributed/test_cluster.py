@@ -1,8 +1,12 @@
 """How processes are found, and which errors may follow from another's end; `test_multiprocess` really starts some."""
 
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from igrpo_jax.cli import parsing
@@ -100,6 +104,52 @@ def test_a_port_that_is_in_use_is_refused_before_jax_crashes_at_it(monkeypatch, 
     cluster._check_port(address)
 
 
+@pytest.mark.parametrize("more", [(-17, 0), (-16, -20), (-15, -30), (0, 1), (1, 3 << 18)])
+def test_bytes_of_any_size_are_gathered_in_the_order_of_processes(monkeypatch, more):
+    """By threads in place of processes, whose rows JAX returns in another order; at the edges of what a round holds."""
+    own, meeting, rows = threading.local(), threading.Barrier(2), {}
+    sizes = [cluster._ROUND + size for size in more]
+
+    def allgather(row):
+        rows[own.process] = row
+        meeting.wait(10)
+        both = np.stack([rows[1], rows[0]])
+        meeting.wait(10)
+        return both
+
+    def gather(process):
+        own.process = process
+        return cluster.gather(bytes([65 + process]) * sizes[process])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: own.process)
+    monkeypatch.setattr(cluster.multihost_utils, "process_allgather", allgather)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(gather, range(2))) == [[b"A" * sizes[0], b"B" * sizes[1]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ({"config.steps": 3}, None),
+        ({"config.steps": 4}, "config.steps: process 2 (far) has 4, process 0 ("),
+        ({"config.steps": 3, "data": "x"}, "data: process 2 (far) has 'x', process 0 ("),  # a fact that 0 does not have
+    ],
+)
+def test_a_fact_that_differs_is_named(monkeypatch, theirs, said):
+    def share(mine):
+        return [mine, mine, {"host": "far", "facts": {**mine["facts"], **theirs}}]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(cluster, "share", share)
+    if said is None:
+        cluster.check_same({"config": {"steps": 3}})
+        return
+    with pytest.raises(InputError) as caught:
+        cluster.check_same({"config": {"steps": 3}})
+    assert str(caught.value).startswith(said)
+
+
 def test_processes_need_equally_many_devices():
     cluster._check_devices([0, 0, 1, 1, 2, 2])
     with pytest.raises(InputError, match="process 2 sees 1 devices, process 0 sees 2; start every process with"):
@@ -171,6 +221,28 @@ def test_which_errors_may_follow_from_anothers_end():
     )
     for error in (InputError("--model: missing"), full, wrapped(full), memory, wrapped(memory), ValueError("x: y")):
         assert not peers.may_follow(error)
+
+
+@pytest.mark.parametrize(
+    ("passes", "is_named"),
+    [([1.0] * 9, False), ([1.0] * 11, True), ([1.0, 600.0, 1.0], False)],  # in the last case it was stopped itself
+)
+def test_who_is_silent_for_too_long_is_named_unless_nobody_listened(monkeypatch, passes, is_named):
+    """By seconds that pass between two looks of process 0."""
+    clock, passes, named = [1000.0], list(passes), []
+
+    def wait(seconds):
+        if passes:
+            clock[0] += passes.pop(0)
+            return False
+        return True
+
+    own = SimpleNamespace(_silence=10.0, _process=0, _clock=0.0, _done=SimpleNamespace(wait=wait), _was_in=str)
+    own._heard = {process: (f"process {process}", "", 0.0) for process in range(2)}
+    own._publish = lambda process, text, code: named.append((process, text, code))
+    monkeypatch.setattr(peers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    peers.Peers._look(own)
+    assert named == [(1, "process 1 has not been heard from for 11 s; 1", peers.LOST)] * is_named
 
 
 def test_a_port_at_which_nothing_listens_any_more():
