@@ -97,11 +97,18 @@ def test_several_processes_compile_all_at_the_start_and_joint_programs_one_after
 def test_on_an_accelerator_the_rest_is_compiled_meanwhile(monkeypatch):
     """The first dispatch's first. Nobody waits for the others, so they are not counted; `then` follows the last one."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    power, traced = make(shapes=(2, 3, 4))
-    everything = threading.Event()
-    wanted = all_shapes([power])
-    with compilations() as seen, compiling.compiling(wanted[2:], wanted, None, phases([]), everything.set):
+    gate, everything, at_the_end = threading.Event(), threading.Event(), []
+    (power, traced), (joint, _) = make(shapes=(2, 3, 4)), make(shapes=(5, 6), gates={6: gate})
+    wanted, more = all_shapes([power]), all_shapes([joint])
+
+    def then():
+        at_the_end.extend(program.is_ready(*shape) for program, shape in [*wanted, *more])
+        everything.set()
+
+    threading.Timer(0.1, gate.set).start()
+    with compilations() as seen, compiling.compiling(wanted[2:], wanted, lambda: more, phases([]), then):
         assert everything.wait(30)
+        assert at_the_end == [True] * 5
         assert float(power(jnp.full(4, 2.0), shape=(4,))[0]) == 16
     assert traced[0] == 4 and sorted(traced) == [2, 3, 4] and not [name for name in seen if name.startswith("power")]
 

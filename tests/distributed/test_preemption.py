@@ -25,6 +25,15 @@ def test_the_notice_is_seen_at_the_next_check_and_the_handler_put_back():
         preemption.check()  # of a later run
 
 
+def test_a_run_that_saves_in_time_is_not_ended_after_the_grace(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(preemption, "_give_up", lambda grace: ended.set())
+    with preemption.noticed(0.3):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.noted()
+    assert not ended.wait(0.5)
+
+
 def test_in_another_thread_nothing_changes():
     seen = []
 
