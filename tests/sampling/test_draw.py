@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from igrpo_jax import config
+from igrpo_jax.distributed import sharding
 from igrpo_jax.sampling import draw as room
 
 ROWS, VOCAB = 8192, 300  # two whole blocks of 128 and a part of one
@@ -174,3 +176,29 @@ def test_the_ends_of_the_uniform_numbers(size):
         assert (weights[np.arange(rows), picked] > 0).all()
     first = np.argmax(weights > 0, axis=1)
     np.testing.assert_array_equal(index(weights, np.zeros(rows, np.float32)), first)
+
+
+def test_a_part_of_the_vocabulary_without_weight_is_never_drawn():
+    """At the ends of the uniform numbers, where the first and the last part weigh nothing, and between two others."""
+    uniform = np.array([0, 0.25, 0.5, np.nextafter(np.float32(1), 0)], np.float32)
+    totals = np.array([[0], [2], [0], [2], [0]], np.float32) * np.ones(len(uniform), np.float32)
+    part, rest = room._part_of(uniform, totals)
+    assert part.tolist() == [1, 1, 3, 3]
+    np.testing.assert_allclose(rest, [0, 0.5, 0, 1], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [(0.8, 1.0, 0), (0.8, 0.9, 20), (0.0, 1.0, 0)])
+def test_a_vocabulary_in_parts_is_drawn_from_as_a_whole_one(keys, sampling):
+    """On four devices; those of the second one are impossible."""
+    rows = 61
+    logits = np.random.default_rng(0).normal(0, 2, (rows, 4 * 60)).astype(np.float32)
+    logits[:, 60:120] = -np.inf
+    run = functools.partial(jax.jit(room.draw), logits, np.asarray(keys[:rows]), *sampling)
+    one = run()
+    with jax.set_mesh(sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=4))):
+        parts = run()
+    assert {int(token) // 60 for token in one.token} == {0, 2, 3}
+    np.testing.assert_array_equal(parts.token, one.token)
+    np.testing.assert_allclose(parts.logprob, one.logprob, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(parts.entropy, one.entropy, atol=1e-5, rtol=0)

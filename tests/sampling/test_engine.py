@@ -23,6 +23,7 @@ from igrpo_jax.models.windows import block_ends
 from igrpo_jax.sampling import configured, page_count, shapes
 from igrpo_jax.sampling import programs as sampler_programs
 from igrpo_jax.sampling.configured import make_programs
+from igrpo_jax.sampling.draw import draw
 from igrpo_jax.sampling.engine import Engine
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -124,6 +125,19 @@ def test_cached_logprobs_equal_the_full_forward(samples, full_logits):
         assert one.entropy == pytest.approx(-(np.exp(logp) * logp).sum(), rel=1e-4)
         if len(one.tokens) > 2:  # those of temperature 1 are no match
             assert np.abs(log_softmax(logits)[np.arange(len(one.tokens)), one.tokens] - expected).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_each_token_is_drawn_with_a_key_of_its_own(samples, full_logits):
+    """Of its stage, prompt, sample and position, from 0: the first token is drawn by another program than the rest."""
+    fold = jax.random.fold_in
+    for (index, number), one in samples.items():
+        of_sample = fold(fold(jax.random.wrap_key_data(KEY), index), number)
+        keys = jax.vmap(lambda n, key=of_sample: jax.random.key_data(fold(key, n)))(jnp.arange(LIMIT))
+        logits = np.zeros((LIMIT, 64), np.float32)
+        logits[: len(one.tokens)] = full_logits(one)
+        drawn = jax.jit(draw)(logits, keys, 0.8, 1.0, 0).token
+        np.testing.assert_array_equal(drawn[: len(one.tokens)], one.tokens)
 
 
 @pytest.mark.slow
@@ -317,11 +331,12 @@ def test_pages_that_do_not_hold_one_sequence_are_refused(tiny):
 def test_pages_are_as_many_as_slots_need_or_memory_holds(tiny):
     """A page of 16 tokens takes 16 x 2 x 2 heads x 8 x 4 bytes in each of the two layers, 4,096 bytes in all."""
     sizes = {"slots": 4, "longest_prompt": 40, "max_completion": 24, "dtype": "float32", "steps_per_dispatch": 4}
-    pages = lambda memory: make_engine(tiny[0], one_device(), EOS, **sizes, memory=memory).sizes.pages
+    pages = lambda memory, **more: make_engine(tiny[0], one_device(), EOS, **sizes, memory=memory, **more).sizes.pages
     assert pages(None) == pages(1e9) == 4 * 4 + 4  # those of the slots, and a partly filled one of each lane
     weights, copied = 4 * tiny[0].num_params, 4 * 4  # decoding copies the pages of all slots
     assert pages((weights + (copied + 10) * 4096 + 99) / 0.9) == 10
     assert pages(weights) == 5  # the least with which a run can begin
+    assert pages(None, length=48) == 4 * 3 + 4  # the longest prompt has no completion of 24
 
 
 @pytest.mark.slow
@@ -337,7 +352,7 @@ def test_pages_fill_what_the_compiler_leaves(tiny):
     used = engine.programs.predicted_bytes
     code = sum(len(program.shapes) * program.code_bytes for program in engine.programs)
     assert 0 <= 0.95 * memory - used - code < 4096
-    for bounds in ({"pages": 9}, {"memory": 1e9}, {}):
+    for bounds in ({"pages": 9}, {"pages": 9, "memory": memory}, {"memory": 1e9}, {}):
         programs = make_programs(tiny[0], one_device(), EOS, **sizes, **bounds)
         assert page_count.fitted(programs) is programs
         assert not any(program.is_ready(*shape) for program, shape in all_shapes(list(programs)))
