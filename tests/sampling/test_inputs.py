@@ -32,6 +32,8 @@ def test_a_slot_that_goes_on_keeps_its_row_and_only_others_are_stale(width, disp
             taken = np.flatnonzero(rows.runs[group])
             assert dict(zip(rows.slot[group, taken].tolist(), taken.tolist(), strict=True)) == held[group]
             assert held[group].keys() == own
+            # Of a part without slots 0: with its 1, a group with one active slot would never run.
+            assert rows.min_active[group] == sum(map(bool, slots[group * PARTS : (group + 1) * PARTS]))
             stale = rows.stale[group, : rows.stale_count[group]].tolist()
             assert sorted(stale) == sorted(held[group][slot] for slot in own - before[group].keys())
             assert all(held[group][slot] == row for slot, row in before[group].items() if slot in own)

@@ -264,6 +264,10 @@ def test_the_choice_for_a_hybrid():
     cfg = from_hf(SHAPES[name := "nvidia/Nemotron-H-8B-Base-8K"], name)
     cfg = dataclasses.replace(cfg, attention="splash")
     assert layout.choose_tensor(cfg, devices_of("TPU v5", 8, 4), "bfloat16", memory=None, **CHOICES) == 8
+    costs = ModelCosts(cfg, "bfloat16", 8)
+    none, some = (layout.pages_in(2**35, costs, states, 64) for states in (0, 128))
+    assert none - some == pytest.approx(128 * costs.state_bytes / (64 * costs.token_bytes), abs=1)
+    assert some < none - 100  # the states of Mamba-2 leave room for fewer pages
 
 
 def test_what_the_table_of_a_run_says_of_the_layout():

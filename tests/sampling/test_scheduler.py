@@ -369,6 +369,17 @@ def test_a_request_that_does_not_fit(engine, length, limit, said):
     assert not scheduler.pending
 
 
+def test_a_prompt_and_its_completion_that_fit_alone_but_not_together(engine, monkeypatch):
+    """Where the longest prompts have shorter completions, as questions with and without a draft."""
+    monkeypatch.setattr(engine, "sizes", dataclasses.replace(engine.sizes, length=120))
+    scheduler = Scheduler(engine)
+    with pytest.raises(InputError, match=r"^prompt 6: 100 \+ 21 tokens .* 110 \+ 24, together 120;"):
+        scheduler.submit(Request(np.zeros(100, np.int32), 6, 2, KEY, np.array([3, 21])))
+    assert not scheduler.pending
+    scheduler.submit(Request(np.zeros(100, np.int32), 6, 2, KEY, np.array([3, 20])))
+    assert scheduler.pending
+
+
 @pytest.mark.slow
 def test_no_samples_are_no_work(engine, tiny):
     scheduler = Scheduler(engine)

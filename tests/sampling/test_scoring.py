@@ -42,8 +42,9 @@ class StubScheduler:
 
     def advance(self):
         request, sample_id = self.waiting.pop(0)
-        tokens = np.array([next(self.numbers)], np.int32)
-        return [Sample(request, sample_id, tokens, np.zeros(1, np.float32), True, 0.0)]
+        number = next(self.numbers)
+        tokens, logprobs = np.array([number], np.int32), np.array([-number], np.float32)
+        return [Sample(request, sample_id, tokens, logprobs, finished=number % 2 == 0, entropy=number / 2)]
 
 
 class SlowScheduler(StubScheduler):
@@ -85,7 +86,9 @@ def test_each_callback_gets_its_own_completions_with_their_scores(pool):
     assert sorted(done.sample_id for done in told[0]) == [0, 1, 2] and {done.stage for done in told[0]} == {"draft"}
     assert sorted(done.sample_id for done in told[1]) == [5, 6] and {done.stage for done in told[1]} == {"refine"}
     for done in (*told[0], *told[1]):
-        assert done.score.reward == done.tokens[0] and done.text == f"text {done.tokens[0]}" and done.finished
+        (number,) = done.tokens
+        assert done.score.reward == number and done.text == f"text {number}"
+        assert (done.logprobs, done.finished, done.entropy) == (-number, number % 2 == 0, number / 2)
     assert [(seen.question, seen.answer, seen.opening, seen.columns["level"]) for seen in candidates] == [
         *[("question 0", "7", "<think>", 0)] * 3,
         *[("question 1", "7", "<think>", 1)] * 2,

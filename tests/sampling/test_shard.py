@@ -372,6 +372,7 @@ def test_a_prompt_begins_where_a_page_is_left_for_each_that_runs_or_waits():
     assert shard.can_begin(24) and not shard.can_begin(25)  # with the page of the prompt that waits
     shard.pieces(64)
     assert len(shard.assign_slots(0)) == 2 and not shard.pending
+    assert list(shard.make_room(100)) == []  # of 5 + 4 tokens the last one is never written, so that 2 pages hold all
     assert shard.pool.used == 3  # each has the first page of the prompt, and a copy of the second one
     assert shard.can_begin(16) and not shard.can_begin(17)  # 4 pages, and 1 for each of three
     shard.begin(QueuedSamples(request_of(1, 1, [4, 4]), deque([0, 1])))
@@ -417,4 +418,26 @@ def test_a_sample_that_begins_anew_does_not_stop_the_one_that_began_first():
     )
     request = request_of(0, tokens, [total, total])
     scheduler = run(sizes, 1, 0, [(request, 0)], {(0, 0): total, (0, 1): total})
-    assert scheduler.usage.preempted > 0
+    assert scheduler.usage.preempted > 0 and scheduler.usage.pages_in_use == 1
+    scheduler.start({}, Sampling(1.0))
+    scheduler.submit(replace(request, samples=1, limit=total))
+    assert len(list(scheduler.drain())) == 1 and scheduler.usage.preempted == 0  # since this start
+
+
+@pytest.mark.parametrize(
+    ("running", "queued", "fewer", "least"),
+    [(16, True, 4, 15), (1, True, 4, 1), (16, False, 4, 5), (5, False, 4, 5), (4, False, 4, 1), (3, False, 0, 1)],
+)
+def test_a_dispatch_goes_on_with_so_many_active_slots(running, queued, fewer, least):
+    """Of 16 slots, 2 are free before it stops for samples that wait; else as many run as a smaller program has rows."""
+    sizes = Sizes(
+        shard_slots=16,
+        pages=9,
+        page_size=4,
+        length=12,
+        longest_prompt=8,
+        max_completion=4,
+        steps_per_dispatch=4,
+        prefill_chunk=64,
+    )
+    assert Scheduler(Engine(sizes, 1, {}), 0)._min_active(running, queued, fewer) == least
