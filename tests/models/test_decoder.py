@@ -15,6 +15,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.models import cache as caches
 from igrpo_jax.models import decoder, windows
 from igrpo_jax.models.config import builtin
+from igrpo_jax.models.policy import open_policy
 from igrpo_jax.models.ragged import Paged, Ragged
 
 TINY = tiny_models.tiny_config(
@@ -216,6 +217,14 @@ def test_init_depends_on_its_key_and_starts_near_even_odds():
     logits = decoder.logits(c, first, decoder.apply(c, first, tokens, positions)[0])
     assert 0.1 < float(logits.std()) < 1  # a head tied to unit embeddings would start at std 8
     assert logits.dtype == jnp.float32
+
+
+@pytest.mark.slow
+def test_the_builtin_model_is_drawn_from_the_seed():
+    policy = open_policy(config.ModelConfig(builtin=config.BuiltinModelConfig(hidden_size=64, num_layers=1)))
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    first, same, other = (np.asarray(policy.load(mesh, seed)["embedding"]) for seed in (3, 3, 4))
+    assert (first == same).all() and (first != other).mean() > 0.9
 
 
 def test_logits_are_float32_also_in_bfloat16(params, full):

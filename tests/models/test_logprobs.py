@@ -318,6 +318,20 @@ def test_completions_are_scored_where_they_stand(alone, model, attention):
     assert np.abs(gradient["embedding"]).max() > 0.1
 
 
+@pytest.mark.slow
+def test_the_gradient_of_the_head_is_float32_in_bfloat16(tiny):
+    """It is that of the master weight: that of its copy in bfloat16 would be rounded."""
+    cfg, params = tiny
+    arrays = packed(*make_units())
+
+    def loss(head):
+        logprobs, _ = packed_logprobs(cfg, params | {"lm_head": head}, *arrays, **SETTINGS | {"dtype": "bfloat16"})
+        return logprobs[:, :9].sum()
+
+    gradient = jax.jit(jax.grad(loss))(jnp.asarray(params["lm_head"]))
+    assert np.mean(np.asarray(gradient) != gradient.astype(jnp.bfloat16)) > 0.9
+
+
 @pytest.fixture(scope="module", params=["xla", "chunked", "hybrid"])
 def score(request):
     """Log-probs and entropies [S, F] of contexts and completions, with one attention or another, or with Mamba-2."""

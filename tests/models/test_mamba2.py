@@ -273,6 +273,22 @@ def test_packed_tokens_get_what_rows_get(hybrid, chunk):
     assert np.abs(got[1]).max(axis=-1)[~padding].min() > 0
 
 
+def test_what_passes_between_chunks_is_float32_in_bfloat16(hybrid, monkeypatch):
+    """The gradients of all completions of a prefix add up in it."""
+    c, weights, x, _ = of_layer(hybrid)
+    segments, seen, scan = pack(GROUPS, SIZE, 32), [], mamba2.tree_scan
+
+    def watched(body, own, empty, *rest):
+        seen.extend(empty)
+        return scan(body, own, empty, *rest)
+
+    monkeypatch.setattr(mamba2, "tree_scan", watched)
+    weights = {path: value.astype(jnp.bfloat16) for path, value in weights.items()}
+    run = lambda weights, x: mixer(c, weights, x, segments)[0]
+    assert jax.eval_shape(run, weights, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+    assert [part.dtype for part in seen] == [jnp.float32] * 4
+
+
 @pytest.mark.slow
 def test_a_completion_is_seen_by_itself_alone(hybrid):
     """Changing its tokens, or padding, leaves the outputs of all other tokens bit-equal."""
