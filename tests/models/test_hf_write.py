@@ -22,12 +22,12 @@ from hf_models import (
     unclipped,
 )
 from model_files import CHATML, edit_json, edit_tensors, error_of, is_gone, save_byte_model, save_tokenizer, tensors_of
-from tiny_models import one_device
+from tiny_models import hybrid_config, one_device
 
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.errors import InputError, RunError
-from igrpo_jax.models import decoder, hf_files, hf_write, lora, policy
+from igrpo_jax.models import decoder, hf_files, hf_tables, hf_write, lora, policy
 
 
 def open_policy(path):
@@ -267,6 +267,14 @@ def test_every_dtype_of_a_config_is_that_of_the_export(tmp_path, keys):
     edit_json(path / "config.json", **dict.fromkeys(keys, "float16"))
     raw = hf_write.exported_config(str(path), hf_files.load_config(str(path)), "float32")
     assert {key: raw[key] for key in raw if "dtype" in key} == dict.fromkeys(keys or ["dtype"], "float32")
+
+
+def test_adapters_of_a_part_of_a_tensor_are_refused():
+    """Mamba-2's projections are one tensor in the files, and so would be the adapters of all of them."""
+    entries = hf_tables.table("nemotron_h", hybrid_config())
+    for path, name in (("blocks/0/mixer/z_proj", "in_proj"), ("blocks/0/mixer/o_proj", "out_proj")):
+        message = error_of(hf_write.adapter_entries, entries, {f"{path}/lora_a": None})
+        assert f"peft takes no adapter for {path}, in the files backbone.layers.0.mixer.{name}.weight" in message
 
 
 def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):

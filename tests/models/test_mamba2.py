@@ -274,19 +274,19 @@ def test_packed_tokens_get_what_rows_get(hybrid, chunk):
 
 
 def test_what_passes_between_chunks_is_float32_in_bfloat16(hybrid, monkeypatch):
-    """The gradients of all completions of a prefix add up in it."""
+    """The gradients of all completions of a prefix add up in it, and those of all chunks in the weights."""
     c, weights, x, _ = of_layer(hybrid)
     segments, seen, scan = pack(GROUPS, SIZE, 32), [], mamba2.tree_scan
 
     def watched(body, own, empty, *rest):
-        seen.extend(empty)
+        seen.extend([*own.values(), *empty])
         return scan(body, own, empty, *rest)
 
     monkeypatch.setattr(mamba2, "tree_scan", watched)
     weights = {path: value.astype(jnp.bfloat16) for path, value in weights.items()}
     run = lambda weights, x: mixer(c, weights, x, segments)[0]
     assert jax.eval_shape(run, weights, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
-    assert [part.dtype for part in seen] == [jnp.float32] * 4
+    assert [part.dtype for part in seen] == [jnp.float32] * (len(mamba2.MIXED) + 4)
 
 
 @pytest.mark.slow
