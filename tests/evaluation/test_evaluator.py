@@ -261,6 +261,14 @@ def test_a_sample_depends_on_seed_benchmark_problem_and_number_alone(evaluator, 
 
 
 @pytest.mark.slow
+def test_samples_are_drawn_with_the_temperature_and_the_top_p_of_evaluation(evaluator, params):
+    """Without either, and with those of training, the five samples of a problem would differ."""
+    greedy = answers(evaluator(evaluation__temperature=0.0).sampled(params, "small"))
+    nucleus = answers(evaluator(evaluation__top_p=1e-6).sampled(params, "small"))
+    assert nucleus == greedy and all(text == greedy[(*key[:2], 0)] for key, text in greedy.items())
+
+
+@pytest.mark.slow
 def test_where_the_context_ends_a_sample_depends_on_its_own_prompt_alone(evaluator, params, policy):
     """A limit that all prompts share would cut the short ones where the longest ends, and by what is asked beside."""
     max_positions = len(evaluator().plan.prompts["small"][3].tokens) + 3
@@ -288,8 +296,8 @@ def test_more_samples_keep_the_first_ones(evaluator, params, tmp_path):
     file.write_text("".join(f"{line}\n" for i, line in enumerate(kept) if i != 2))  # a gap at a first sample
     assert evaluator().run(params, tmp_path / "more") == whole
     assert lines(tmp_path / "more") == lines(tmp_path / "whole")
-    fewer = evaluator(evaluation__samples=2).run(params, tmp_path / "more")["small"]
-    assert fewer["samples"] == 2 and "pass@5" not in fewer["single_shot"]
+    fewer = evaluator(evaluation__samples=2).run(params, tmp_path / "more")
+    assert fewer == evaluator(evaluation__samples=2).run(params) != whole  # of the five that are there
 
 
 @pytest.mark.slow
@@ -360,12 +368,14 @@ def test_a_summary_follows_the_draft_that_was_shown(right, oracle):
                 "extracted": answer,
                 "accuracy": float(i == right),
             }
-            rows.add(row | {"token_count": 10 * sum(drafts) + len(drafts), "finished": True, "status": "ok"})
+            status = ("ok", "timeout", "error")[i]
+            rows.add(row | {"token_count": 10 * sum(drafts) + len(drafts), "finished": True, "status": status})
     plan = SimpleNamespace(prompts={"small": [prompt]})
     found = summaries.Summaries(c, plan, TextVerifier())
     first, second = found.summary("small", rows)["rounds"]
     assert (first["vote"]["mean_length"], first["oracle"]["mean_length"]) == (11, 10 * oracle + 1)
     assert (second["vote"]["mean_length"], second["oracle"]["mean_length"]) == (22, 20 * oracle + 2)
+    assert first["vote"]["error_frac"] == 2 / 3
     assert found.chosen([prompt], rows, "vote", 1) == [(0,)]  # what is still to be sampled
 
 
@@ -382,6 +392,18 @@ def test_a_summary_does_not_follow_what_an_evaluation_with_fewer_drafts_showed()
     found = summaries.Summaries(c, SimpleNamespace(prompts={"small": [prompt]}), TextVerifier())
     assert found.chosen([prompt], rows, "vote", 1) == [(2,)]
     assert found.chosen([prompt], rows, "vote", 1, sampled=1) == [(2,)]
+
+
+def test_a_summary_does_not_follow_what_an_evaluation_with_fewer_samples_showed():
+    """By what they mean b and B were shown, B with both samples; by their text the vote is a, as is the oracle's."""
+    c = settings(evaluation__samples=2, evaluation__rounds=1)
+    prompt = Prompt("p", 4, "q", "y", np.zeros(1, np.int32))
+    rows = results.Rows(None, "small")
+    for path, texts in (((), "abB"), ((1,), "b"), ((2,), "bb")):
+        for i, answer in enumerate(texts):
+            rows.add({"index": 4, "drafts": list(path), "sample_id": i, "extracted": answer, "accuracy": 0.0})
+    found = summaries.Summaries(c, SimpleNamespace(prompts={"small": [prompt]}), TextVerifier())
+    assert found.chosen([prompt], rows, "vote", 1, sampled=2) == [(2,)]
 
 
 @pytest.mark.slow

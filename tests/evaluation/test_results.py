@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from builders import run_config
 
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import results
@@ -108,6 +109,32 @@ def test_an_evaluation_keeps_the_day_and_the_variables_of_its_template(tmp_path)
             InputError, match=rf"other settings \({name}: .* -> .*\); give another --workdir, or the old"
         ):
             results.claim(tmp_path / "out", settings | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name"),
+    [
+        ("model.dtype", "float32", "dtype"),
+        ("seed", 7, "seed"),
+        ("evaluation.temperature", 0.5, "temperature"),
+        ("evaluation.top_p", 0.5, "top_p"),
+        ("data.instruction", "Think.", "instruction"),
+        ("data.system_prompt", "Be brief.", "system_prompt"),
+        ("data.template_kwargs", {"thinking": True}, "template_kwargs"),
+        ("data.template_date", "2026-11-26", "template_date"),
+        ("refine.instruction", "{draft} Improve.", "refine_instruction"),
+        ("refine.max_draft_length", 9, "max_draft_length"),
+        ("", 49, "max_completion_length"),
+    ],
+)
+def test_answers_drawn_with_other_settings_are_another_evaluation(tmp_path, field, value, name):
+    """Red if a resume mixes them with those that are there."""
+    first = results.settings(run_config(), 48)
+    other = results.settings(run_config(**{field: value} if field else {}), 48 if field else value)
+    assert [each for each in first if first[each] != other[each]] == [name]
+    results.claim(tmp_path, first)
+    with pytest.raises(InputError, match=rf"holds an evaluation with other settings \({name}: "):
+        results.claim(tmp_path, other)
 
 
 def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path, monkeypatch):
