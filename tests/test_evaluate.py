@@ -1,5 +1,6 @@
 """The commands `evaluate` and `generate`: what they print and write, and one line for what is wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -311,6 +312,21 @@ def test_weights_that_stay_beside_the_copy_to_sample_with_leave_less_for_pages(
     read = 4 * inputs.policy.cfg.num_params / inputs.mesh.shape["fsdp"]
     held = 0 if is_kept and tensor == 1 and not output_major else read
     assert (1 << 30) - seen[0] == pytest.approx(held, rel=0.1)
+
+
+def test_answers_are_graded_with_the_time_and_the_memory_that_are_set(model, monkeypatch):
+    """In as many workers; what training rewards beside does not matter."""
+    limits = {"rewards.workers": 3, "rewards.timeout": 33.0, "rewards.memory_gib": 9.0}
+    asked = configured(**{"model.path": str(model), "rewards.custom": "mine:own"} | limits)
+    inputs = inference.open_evaluation(asked, str(model), None, {"mine": [Row("0", 0, "1+2", "3", {})]})
+
+    def start(settings):
+        given = {f"rewards.{name}": value for name, value in vars(settings).items()}
+        raise InputError(f"{[given[name] == value for name, value in limits.items()]} {settings.names}")
+
+    monkeypatch.setattr(inference, "Verifier", start)
+    with contextlib.ExitStack() as stack, pytest.raises(InputError, match=r"\[True, True, True\] \('accuracy',\)"):
+        inference.load(inputs, Console(), stack)
 
 
 PROCESS = """

@@ -115,8 +115,8 @@ def load(inputs: EvaluationInputs, console: Console, stack: contextlib.ExitStack
     use_disk_cache(config.compilation_cache)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(showing_waits(console.waiting))
-    settings = RewardsConfig(accuracy=1.0, format=0.0, workers=config.rewards.workers, timeout=config.rewards.timeout)
-    verifier = stack.enter_context(Verifier(settings))
+    of_workers = {name: getattr(config.rewards, name) for name in ("workers", "timeout", "memory_gib")}
+    verifier = stack.enter_context(Verifier(RewardsConfig(accuracy=1.0, format=0.0, **of_workers)))
     sampler = _programs(config, policy, mesh, inputs.plan)
     engine = Engine(policy.cfg, mesh, page_count.fitted(sampler))
     scheduler = Scheduler(engine, config.rollout.dispatches_ahead)
