@@ -497,6 +497,8 @@ def test_the_plan_fits_the_models_context(policy):
     longest = max(len(renderer.plain(question)) for question in QUESTIONS)
     plan = planning.make_plan(c, ROWS, renderer, longest + LENGTH)
     assert (plan.longest_prompt, plan.max_completion, plan.notes) == (longest, LENGTH, [])
+    own = planning.make_plan(settings(evaluation__max_completion_length=5), ROWS, renderer, 100)
+    assert own.max_completion == own.max_new_tokens == 5  # not that of training
     cut = planning.make_plan(c, ROWS, renderer, longest + 3)
     assert (cut.max_completion, cut.length) == (LENGTH, longest + 3)
     assert f"context of {longest + 3} tokens, 3 tokens after the longest prompt, not at {LENGTH}" in cut.notes[0]

@@ -7,7 +7,7 @@ import pytest
 from builders import run_config
 
 from igrpo_jax.errors import InputError
-from igrpo_jax.evaluation import results
+from igrpo_jax.evaluation import results, summary_tables
 from igrpo_jax.evaluation.results import Rows
 
 
@@ -158,8 +158,19 @@ def test_the_summary_keeps_other_benchmarks_of_the_folder(tmp_path):
     }
     one = {"problems": 4, "samples": 4, "single_shot": shot, "rounds": []}
     results.write_summary(tmp_path, {"seed": 0}, {"b": one})
-    results.write_summary(tmp_path, {"seed": 0}, {"a": one})
+    results.write_summary(tmp_path, {"seed": 0}, {"a": one | {"problems": 3}})
+    results.write_summary(tmp_path, {"seed": 0}, {"a": one})  # of more problems, in place of the first
     found = json.loads((tmp_path / "summary.json").read_text())
     assert found == {"seed": 0, "benchmarks": {"a": one, "b": one}}
     line = "| a | 4 | 4 | 50.00 | 25.00 to 75.00 | 70.00 (k = 4) | 55.00 (k = 4) | 9 (-, 10) | 0.00 | 12.50 |"
     assert line in (tmp_path / "summary.md").read_text()
+
+
+def test_the_table_of_the_rounds_has_each_measure_below_its_name():
+    names = ("draft_accuracy", "pass@1", "pass@1_low", "pass@1_high", "fixed", "broken", "kept_right", "kept_wrong")
+    values = {name: number / 100 for number, name in enumerate(names, 1)}
+    shot = dict.fromkeys(("pass@1", "pass@1_low", "pass@1_high", "mean_length", "clipped_ratio", "unparseable_frac"), 0)
+    summary = {"problems": 4, "samples": 4, "single_shot": shot, "rounds": [{"vote": values}]}
+    head, _, row = summary_tables.markdown({"b": summary}).splitlines()[-3:]
+    assert head.endswith("| draft by | right | pass@1 | interval | fixed | broken | kept right | kept wrong |")
+    assert row == "| b | 1 | vote | 1.00 | 2.00 | 3.00 to 4.00 | 5.00 | 6.00 | 7.00 | 8.00 |"

@@ -27,9 +27,11 @@ def test_results_by_subject():
 
 
 def test_a_benchmark_has_subjects_only_where_all_its_problems_have_one():
-    some = [Prompt(str(i), i, "q", "A", np.zeros(1, np.int32), {"category": name}) for i, name in enumerate("ab")]
+    of = lambda i, columns: Prompt(str(i), i, "q", "A", np.zeros(1, np.int32), columns)
+    some = [of(0, {"category": "a"}), of(1, {"category": " b\n"})]
     assert planning.subjects_of("mmlu_pro", some) == ["a", "b"]
-    assert planning.subjects_of("mmlu_pro", [*some, Prompt("2", 2, "q", "A", np.zeros(1, np.int32))]) == []
+    for none in ({}, {"category": " "}):
+        assert planning.subjects_of("mmlu_pro", [*some, of(2, none)]) == []
     assert planning.subjects_of("aime24", some) == []
     names = planning.metric_names(Config(), Plan({"mmlu_pro": some}, 8, 1, 1, 1))
     assert names[-2:] == ["eval/mmlu_pro/subject/a/pass@1", "eval/mmlu_pro/subject/b/pass@1"]
