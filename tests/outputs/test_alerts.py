@@ -48,6 +48,9 @@ def test_a_quiet_run_has_none_and_no_metric_must_be_there():
     assert names(QUIET, steps(40)) == []
     assert names({}) == names({}, [{}] * 40) == []
     assert names(dict.fromkeys(QUIET), [dict.fromkeys(QUIET)] * 40) == []  # not finite, as rows have it
+    assert (
+        names({"verifier/error_frac": 1.0}) == names({"verifier/error_frac": 1.0, "verifier/timeout_frac": None}) == []
+    )
     assert set(QUIET) == set(alerting.WATCHED)
 
 

@@ -79,7 +79,7 @@ def test_verifications_have_metrics_of_their_own_and_solutions_those_of_trl(two_
     )
     groups = [
         dataclasses.replace(right, completions=(verdict(0, "1", 1.0), verdict(1, "0", 0.0), verdict(2, "1", 1.0))),
-        dataclasses.replace(wrong, completions=(verdict(0, "1", 0.0), verdict(1, "1", 0.0), verdict(2, None, 0.0))),
+        dataclasses.replace(wrong, completions=(verdict(1, "1", 0.0), verdict(2, "1", 0.0), verdict(3, None, 0.0))),
         dataclasses.replace(wrong, kept=None, completions=()),
     ]
     algorithm = dataclasses.replace(run_config().algorithm, second_stage="verify", train_drafts=True)
@@ -92,7 +92,7 @@ def test_verifications_have_metrics_of_their_own_and_solutions_those_of_trl(two_
         "verify/says_right": pytest.approx(4 / 5),
         "verify/accuracy_right": pytest.approx(2 / 3),
         "verify/accuracy_wrong": 0,
-        "verify/mean_length": 2,
+        "verify/mean_length": 2.5,  # 1, 2, 3 and 2, 3, 4 tokens
     }
     # The drafts of all three prompts: rewards 2, 1 and twice 1, 0, of which one is right; lengths 3, 2, 4, 2, 4, 2.
     assert (got["reward"], got["rewards/accuracy/mean"]) == (pytest.approx(5 / 6), pytest.approx(1 / 6))
@@ -208,6 +208,10 @@ def test_gradings_that_failed_are_left_out_of_means(two_groups):
     got = metrics.rollout_metrics([solved, second], run_config())
     assert (got["draft/solved_none"], got["draft/solved_some"], got["draft/solved_all"]) == (0.5, 0.0, 0.5)
     assert "refine/fixed" not in metrics.rollout_metrics([solved], run_config())
+    # A kept draft may have failed too, where another reward chose it; of its right refinement nothing is known.
+    shown = group([failed(first.drafts[0]), first.drafts[1]], 0, two_groups[0].completions[:1])
+    got = metrics.rollout_metrics([shown, second], run_config())
+    assert (got["refine/fixed"], got["refine/kept_wrong"]) == (0.5, 0.5)
 
 
 def test_kept_drafts_cut_to_the_limit_are_counted_without_their_eos(two_groups):
