@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +127,34 @@ def test_a_whole_last_row_without_its_newline_is_kept(tmp_path):
     with writers.Writer(tmp_path, run_config(), resume_step=2) as writer:
         writer.write(3, {"loss": 3.0})
     assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_batch_that_is_kept_has_what_each_sample_followed(tmp_path, two_groups):
+    """A draft follows the question and a refinement q', with the draft in it; a log-prob that is not finite is null."""
+    drafts = [replace(draft, logprobs=np.array([-1, np.nan, -np.inf])) for draft in two_groups[0].drafts[:1]]
+    kept = replace(two_groups[0], drafts=tuple(drafts), context=np.array([1, 2, 5, 6], np.int32))
+    with writers.Writer(tmp_path, run_config()) as writer:
+        rows = rows_of(writer.nonfinite(7, [kept], np.zeros((1, 2), np.float32)))
+    assert [row["context"] for row in rows] == [[1, 2], [1, 2, 5, 6], [1, 2, 5, 6]]
+    assert rows[0]["logprobs"] == [-1, None, None] and rows[2]["tokens"] == [5, 7, 8]
+
+
+def test_a_resume_reads_the_rows_of_steps_again(tmp_path):
+    with writers.Writer(tmp_path, run_config()) as writer:
+        for step, metrics in ((0, {"eval/a/pass@1": 0.5}), (1, {"loss": 1.0}), (1, {"eval/a/pass@1": 0.5})):
+            writer.write(step, metrics)
+    with writers.Writer(tmp_path, run_config(), 1) as writer:
+        assert writer.history == [{"step": 1, "loss": 1.0}] and writer.rows == 3
+
+
+def test_trackers_get_the_first_prompt_that_was_refined_with_its_own_advantage(tmp_path, two_groups, monkeypatch):
+    seen = []
+    tracker = SimpleNamespace(sample=lambda step, blocks: seen.append((step, blocks)), close=lambda: None)
+    monkeypatch.setattr(writers.trackers, "open_trackers", lambda *_: [tracker])
+    solved = replace(two_groups[0], completions=(), kept=None)
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.samples(3, [solved, two_groups[1]], [np.zeros(0), np.array([0.75, -0.75])])
+    assert seen == [(3, lines.sample_blocks(two_groups[1], 0.75))]
 
 
 def test_a_batch_that_cannot_be_kept_is_one_line(tmp_path, two_groups):
