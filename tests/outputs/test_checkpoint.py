@@ -404,6 +404,15 @@ def test_checksums_see_every_change_and_no_sharding():
         assert [name for name in sums if sums[name] != other[name]] == ["params.embed"]
 
 
+def test_checksums_see_the_sign_of_every_element():
+    """The highest bit alone: times an even number it would be lost modulo 2**32."""
+    where = NamedSharding(mesh_of(1, 1, 1), PartitionSpec())
+    values = np.full((9, 8), 1.5, np.float32)
+    values[np.arange(8), np.arange(8)] *= -1
+    *changed, whole = (checksums.fingerprint({"x": jax.device_put(row, where)})[0]["x"] for row in values)
+    assert whole not in changed
+
+
 def test_what_is_not_finite_is_not_saved(tmp_path):
     mesh = mesh_of(1, jax.device_count(), 1)
     state = state_on(mesh, 1)

@@ -10,11 +10,14 @@ import pytest
 from builders import completion
 
 from igrpo_jax import config
+from igrpo_jax.learning.stages import STAGES
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.probe import answers, measure
 from igrpo_jax.probe.answers import Answered, Refined, completion_of, kept_drafts
 from igrpo_jax.probe.estimates import NONE
 from igrpo_jax.records import Prompt, Score
+from igrpo_jax.rewards.failures import VerifierError
+from igrpo_jax.sampling.scoring import stage_key
 from igrpo_jax.storage.writing import Lines
 
 
@@ -71,10 +74,12 @@ def test_a_problem_with_a_set_without_the_metric_is_left_out():
 class Queue:
     """Stands in for the scheduler: notes what is asked for, and after how many answers."""
 
-    def __init__(self):
+    def __init__(self, failing=""):
         self.asked, self.answers, self.log = [], 0, []
+        self.failing = failing  # the stage whose gradings fail
 
-    def start(self, params, sampling): ...
+    def start(self, params, sampling):
+        self.sampling = sampling
 
     def finish(self): ...
 
@@ -87,13 +92,16 @@ class Queue:
         for request in self.asked:
             for i in range(request.samples):
                 self.answers += 1
-                request.scored(completion(request.stage, request.first + i, [request.index, i], float(i == 0)))
+                answer = completion(request.stage, request.first + i, [request.index, i], float(i == 0))
+                status = "error" if request.stage == self.failing else "ok"
+                request.scored(replace(answer, score=replace(answer.score, status=status)))
 
 
 def drawing(folder, queue):
     """Returns what draws four plain answers to a problem, and two refinements of two drafts, with stubs of all else."""
-    settings = config.Config(algorithm=config.AlgorithmConfig(num_drafts=2, num_generations=2))
-    renderer = SimpleNamespace(with_draft=lambda question, draft, is_right: np.concatenate([[9], draft]))
+    rollout = config.RolloutConfig(temperature=0.75, top_p=0.5, top_k=5, max_completion_length=33)
+    settings = config.Config(algorithm=config.AlgorithmConfig(num_drafts=2, num_generations=2), rollout=rollout, seed=3)
+    renderer = SimpleNamespace(with_draft=lambda question, draft, is_right: np.concatenate([[8 + is_right], draft]))
     verifier = SimpleNamespace(submit=None, start_step=lambda step: None)
     return answers.Answers(settings, renderer, queue, verifier, Console(io.StringIO()), folder, 4)
 
@@ -123,13 +131,31 @@ def test_a_problem_is_refined_before_others_have_their_plain_answers(tmp_path, m
     problems = drawing(tmp_path, queue).collect({}, PROMPTS)
     assert queue.log == [
         *((0, "draft", [0], 0), (1, "draft", [1], 0)),
-        *((0, "refine", [9, 0, 0], 4), (0, "refine", [9, 0, 1], 4)),  # problem 1 has no answer by then
-        *((1, "refine", [9, 1, 0], 8), (1, "refine", [9, 1, 1], 8)),
+        *((0, "refine", [9, 0, 0], 4), (0, "refine", [8, 0, 1], 4)),  # problem 1 has no answer by then
+        *((1, "refine", [9, 1, 0], 8), (1, "refine", [8, 1, 1], 8)),
     ]
     assert queue.answers == 16 and [[part.is_right for part in problem.refined] for problem in problems] == [
         [True, False],
         [True, False],
     ]
+
+
+def test_answers_are_drawn_as_training_draws_them(tmp_path, monkeypatch):
+    """With its temperature and lengths, and with the keys of a step before its first."""
+    monkeypatch.setattr(answers, "sample_and_score", lambda queue, submit, renderer: queue.answer())
+    queue = Queue()
+    drawing(tmp_path, queue).collect({}, PROMPTS)
+    assert queue.sampling == (0.75, 0.5, 5) and {request.limit for request in queue.asked} == {33}
+    keys = {stage: stage_key(3, 0, STAGES[stage]) for stage in ("draft", "refine")}
+    assert all((request.key == keys[request.stage]).all() for request in queue.asked)
+    assert (keys["draft"] != keys["refine"]).any()
+
+
+@pytest.mark.parametrize("stage", ["draft", "refine"])
+def test_a_probe_ends_where_too_many_gradings_of_a_stage_fail(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "sample_and_score", lambda queue, submit, renderer: queue.answer())
+    with pytest.raises(VerifierError, match="of 8 gradings 0 timed out, 8 failed"):
+        drawing(tmp_path, Queue(failing=stage)).collect({}, PROMPTS)
 
 
 @pytest.mark.parametrize(
