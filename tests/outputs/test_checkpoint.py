@@ -219,6 +219,7 @@ def test_a_step_that_is_better_than_those_that_are_saved_is_saved(tmp_path):
         store.save(0, state, {}, force=True, scores={0: 0.2})
         saved = [store.save(step, state, {}, scores={at: scores[at] for at in range(step + 1)}) for step in (2, 3)]
     assert saved == [True, False]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]  # 0 was the best one before
 
 
 def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
