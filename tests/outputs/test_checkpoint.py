@@ -222,7 +222,19 @@ def test_a_step_that_is_better_than_those_that_are_saved_is_saved(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]  # 0 was the best one before
 
 
-def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
+@pytest.mark.parametrize(
+    ("at_once", "parts"),
+    [
+        (2**31, [["blocks.0.q", "embed", "norm"]]),
+        (640, [["blocks.0.q", "embed"], ["norm"]]),
+        (1, [["blocks.0.q"], ["embed"], ["norm"]]),
+    ],
+)
+def test_parameters_alone_are_read_onto_another_mesh(tmp_path, monkeypatch, at_once, parts):
+    """A part at a time: of 128, 512 and 32 bytes."""
+    read, check = [], checkpoint_reading.check
+    monkeypatch.setattr(checkpoint_reading, "_READ_AT_ONCE", at_once)
+    monkeypatch.setattr(checkpoint_reading, "check", lambda part, *rest: (read.append([*part]), check(part, *rest)))
     state = state_on(mesh_of(1, 8, 1))
     with checkpoint.Checkpointer(tmp_path, config_lib.CheckpointConfig()) as store:
         store.save(7, state, {}, force=True)
@@ -231,6 +243,7 @@ def test_parameters_alone_are_read_onto_another_mesh(tmp_path):
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state.params, shardings(mesh).params
     )
     params = checkpoint_reading.read_params(tmp_path, 7, abstract)
+    assert read == parts and params.keys() == state.params.keys()
     for name, value in state.params.items():
         np.testing.assert_array_equal(params[name], value)
         assert params[name].sharding == abstract[name].sharding
