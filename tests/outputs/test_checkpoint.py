@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders import run_config
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint._src.checkpointers import async_checkpointer
 
 from igrpo_jax import config as config_lib
 from igrpo_jax.errors import InputError, RunError
+from igrpo_jax.models.policy import open_policy
 from igrpo_jax.outputs import checkpoint, checkpoint_reading, checksums, weights
 
 
@@ -269,6 +272,19 @@ def test_a_step_that_the_run_removes_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_reading, "_read", replaced)
     with pytest.raises(InputError, match=r"step 2 was removed in the meantime .checkpoint.keep.; give a newer --step"):
         weights._read(tmp_path, 2, abstract)
+
+
+def test_adapters_begin_as_the_seed_says():
+    """Red if runs of several seeds begin alike."""
+    mesh = mesh_of(1, 1, 1)
+
+    def begun(seed):
+        config = run_config(**{"seed": seed, "model.lora.rank": 2})
+        return weights.adapters(config, SimpleNamespace(cfg=open_policy(config.model).cfg), mesh)
+
+    first, again, other = (begun(seed) for seed in (3, 3, 4))
+    assert_same_bits(first, again)
+    assert any((np.asarray(first[name]) != np.asarray(other[name])).any() for name in first)
 
 
 def flipped(path):

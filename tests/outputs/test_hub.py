@@ -161,6 +161,13 @@ def test_the_card_sets_only_evaluations_side_by_side_that_are_comparable(tmp_pat
     text = card.model_card(CONFIG, tmp_path, 7, "org/name", adapter=False)
     assert "| 4 | 2 | not comparable | 50.0 (25.0 to 75.0) |" in text and "max_draft_length" not in text
     assert "had other settings: <code>temperature</code> was <code>1.0</code> and then <code>0.3" in text
+    (tmp_path / "evaluations" / "step_000000" / "evaluation.json").unlink()
+    measured = "| 4 | 2 | {} | 50.0 (25.0 to 75.0) |"
+    assert measured.format("50.0 (25.0 to 75.0)") in card.model_card(CONFIG, tmp_path, 7, "org/name", adapter=False)
+    assert measured.format("not measured") in card.model_card(CONFIG, tmp_path, 0, "org/name", adapter=False)
+    file = tmp_path / "evaluations" / "step_000000" / "summary.json"
+    file.write_text(file.read_text().replace('"problems": 4', '"problems": 3'))
+    assert measured.format("not comparable") in card.model_card(CONFIG, tmp_path, 7, "org/name", adapter=False)
 
 
 def test_the_card_names_no_path_of_the_machine_and_escapes_all_text(tmp_path):

@@ -90,6 +90,16 @@ def test_rows_of_verifications_name_the_verdict_that_they_should_give(tmp_path, 
     assert titles[2].startswith("verification 1 of 1, reward 1") and texts[-1] == "0"
 
 
+def test_the_draft_of_a_refinement_is_the_kept_one(tmp_path, two_groups):
+    """The second one, which need not be the best."""
+    kept = replace(two_groups[0], kept=1)
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.samples(1, [kept], np.zeros((1, 2), np.float32))
+    rows = rows_of(tmp_path / "samples" / "step_000001.jsonl")
+    assert [row["parent_draft_id"] for row in rows] == [None, None, 1, 1]
+    assert lines.sample_blocks(kept, 0.0)[1][0] == "kept of 2 drafts, reward 1 (accuracy 0, format 1)"
+
+
 def test_a_grading_that_failed_has_no_reward_in_the_rows_and_on_the_console(tmp_path, two_groups):
     failed = Score(math.nan, {"accuracy": math.nan}, None, "timeout")
     first = replace(two_groups[0].completions[0], score=failed)
