@@ -104,10 +104,13 @@ def test_the_judge_is_blended_and_no_verdict_is_never_zero(monkeypatch):
         assert not futures[0].done()  # its judge has not replied, and its place is kept
         judge.release()
         first = futures[0].result(timeout=60)
-        metrics = verifier.statistics([first, second, third], verifier.judgements)
+        judged = verifier.judgements
+        verifier.start_step(2)
+        assert (len(judged), verifier.judgements) == (3, [])  # those of a step, which may be counted later
+        metrics = verifier.statistics([first, second, third], judged)
         checked = verifier.check_answer(Candidate(RIGHT, "4")).result(timeout=60)
         judge._first = (Future(), None)
-    assert judge.asked == [("q", "4", "<" + RIGHT)] * 3 and judge.steps == 1
+    assert judge.asked == [("q", "4", "<" + RIGHT)] * 3 and judge.steps == 2
     assert first.rewards == {"accuracy": 1.0, "judge": 0.25} and first.reward == 1.5 and first.status == "ok"
     assert third.rewards == {"accuracy": 1.0, "judge": 0.0} and third.reward == 1.0
     assert math.isnan(second.reward) and math.isnan(second.rewards["judge"]) and second.status == "invalid"
