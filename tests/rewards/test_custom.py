@@ -372,9 +372,9 @@ def test_nothing_waits_after_an_early_end(monkeypatch):
         late = verifier.submit(Candidate("fine", "4", sample_id=2), given_up)
         assert late.result(timeout=60).status == "error"
         running = [verifier.submit(Candidate("hang", "4", sample_id=i), called) for i in range(2)]
-        classes = verifier.classes(["hang"] * 2)
+        classes = verifier.classes(["hang", None, "hang", "x", None])
         assert not waiting.done()
-    assert warned == [] and classes.result(timeout=1) == [0, 0]
+    assert warned == [] and classes.result(timeout=1) == [0, -1, 0, 2, -1]
     assert [future.result(timeout=1).status for future in (waiting, *running)] == ["error"] * 3
     after = [verifier.submit(Candidate("fine", "4"), batch) for batch in (Batch(1), Batch(2))]
     assert [future.result(timeout=1).status for future in after] == ["error"] * 2

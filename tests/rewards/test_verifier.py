@@ -158,6 +158,18 @@ def faked(monkeypatch):
     monkeypatch.setattr(verifier_module, "Pool", lambda function, *args, **options: Pool(fake_call, *args, **options))
 
 
+def test_a_verdict_of_the_judge_alone_is_no_reward_where_the_grading_failed(faked, monkeypatch):
+    """It would be a part of the sum that others of the group have."""
+    judge = StubJudge([Judgement(1.0), Judgement(0.75)])
+    monkeypatch.setattr(verifier_module, "Judge", lambda *_: judge)
+    settings = config.RewardsConfig(format=0.0, judge=config.JudgeConfig(weight=1.0, model="m"), workers=1)
+    with Verifier(settings) as verifier:
+        verifier.submit(Candidate(RIGHT, "4"))  # whose judge replies last
+        failed = verifier.submit(Candidate("fail", "4")).result(timeout=60)
+    assert failed.status == "error" and math.isnan(failed.reward)
+    assert failed.rewards == {"accuracy": pytest.approx(math.nan, nan_ok=True), "judge": 0.75}
+
+
 def test_submit_does_not_wait(faked):
     with Verifier(config.RewardsConfig(workers=1, timeout=60.0)) as verifier:
         first = verifier.submit(Candidate("hang", "4"))
