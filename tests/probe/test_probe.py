@@ -10,11 +10,12 @@ import pytest
 from builders import completion, run_config
 
 from igrpo_jax.cli import exits
+from igrpo_jax.data import order
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import results
 from igrpo_jax.outputs import workdir
 from igrpo_jax.probe import __main__ as command
-from igrpo_jax.probe import answers, estimates, gradients, page
+from igrpo_jax.probe import answers, estimates, gradients, measure, page
 from igrpo_jax.probe.answers import Answered, Refined
 from igrpo_jax.probe.conclusion import Conclusion, Setting
 from igrpo_jax.probe.estimates import Estimate
@@ -122,6 +123,27 @@ def test_every_figure_has_a_meaning():
     named = [name for names in page.FIGURES.values() for name in names]
     assert len(named) == len(set(named)) and made - set(named) == {"trust"}  # the conclusion alone reads it
     assert set(named) <= made
+
+
+def test_the_problems_of_a_probe_are_those_that_a_run_reads_first():
+    inputs = SimpleNamespace(prompts=[*"abcdefghij"], config=SimpleNamespace(seed=3))
+    asked = lambda problems: measure.ProbeInputs(inputs, None, None, problems, 8, 2).prompts
+    first = ["abcdefghij"[i] for i in order.step_indices(0, 4, 10, seed=3)]
+    assert asked(4) == first != [*"abcd"] and sorted(asked(99)) == [*"abcdefghij"]
+
+
+def test_figures_of_a_run_and_of_gradients():
+    """GRPO would draw 7 steps of 3 prompts with 1 + 2 answers, of which a quarter is right."""
+    draft, refined = completion("draft", 0, [5], 0.0), completion("refine", 0, [6], 1.0)
+    plain = (completion("draft", 1, [5], 1.0), draft, draft, draft)
+    problem = Answered(None, plain, np.array([True, False, False, False]), (Refined(draft, None, (refined,) * 2),))
+    sizes = {"prompts_per_step": 3, "algorithm.num_drafts": 1, "algorithm.num_generations": 2}
+    inputs = SimpleNamespace(config=run_config(**sizes), total_steps=7)
+    sketches = {"plain": np.array([1.0, 0]), "refine": np.array([-1.0, 0]), "credited": np.array([1.0, 0])}
+    measured = [Measured(sketches, {"right": np.zeros(0), "wrong": np.zeros(2)})] * gradients.FEW
+    figures = measure.all_figures(inputs, [problem] * gradients.FEW, measured, "group")
+    assert figures["successes"].value == figures["p"].value * 7 * 3 * 3 == 0.25 * 63
+    assert (figures["cosine"].value, figures["cosine_credited"].value, figures["along"].value) == (-1, 1, 0)
 
 
 @pytest.mark.parametrize(
