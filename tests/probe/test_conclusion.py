@@ -144,8 +144,18 @@ def test_repair_of_few_problems_is_anything():
     assert np.sum(~counts.kept[:, 0]) == 0
     repair = estimates.repair(counts)
     assert math.isnan(repair.value) and repair[1:] == (-1, 1)
+    few = Counts(counts.plain[:6], np.arange(6)[:, None] > np.full(K, 3), *[np.full(6, 3)] * 2, N, G)
+    assert estimates.repair(few)[1:] == (-1, 1)  # four problems, whose gains are nearly alike
     same = simulated(0.0, 0.5, 0.0, problems=64)  # every gain is 0: exact, as of a proportion
     assert estimates.repair(same) == pytest.approx((0, -(1 - 0.025 ** (1 / 64)), 1 - 0.025 ** (1 / 64)))
+
+
+def test_where_no_refinement_is_right_their_signal_has_a_bound():
+    """M n / 4 of a group of four, where M is at most what 0 of 400 problems leave open; a bootstrap would say 0."""
+    figures = estimate(simulated(0.1, 0.0, 0.0))
+    most = estimates.proportion_at_most(0, 400)
+    assert figures["refined_snr"] == (0, 0, most) and figures["plain_snr"].low > 0
+    assert figures["ratio"] == (0, 0, most / figures["plain_snr"].low)
 
 
 def test_a_hopeless_region():

@@ -92,7 +92,7 @@ class Queue:
         for request in self.asked:
             for i in range(request.samples):
                 self.answers += 1
-                answer = completion(request.stage, request.first + i, [request.index, i], float(i == 0))
+                answer = completion(request.stage, request.first + i, [request.index, i], float(i == 0), 2.0 * (i == 2))
                 status = "error" if request.stage == self.failing else "ok"
                 request.scored(replace(answer, score=replace(answer.score, status=status)))
 
@@ -100,7 +100,8 @@ class Queue:
 def drawing(folder, queue):
     """Returns what draws four plain answers to a problem, and two refinements of two drafts, with stubs of all else."""
     rollout = config.RolloutConfig(temperature=0.75, top_p=0.5, top_k=5, max_completion_length=33)
-    settings = config.Config(algorithm=config.AlgorithmConfig(num_drafts=2, num_generations=2), rollout=rollout, seed=3)
+    algorithm = config.AlgorithmConfig(num_drafts=2, num_generations=2, draft_metric="accuracy")
+    settings = config.Config(algorithm=algorithm, rollout=rollout, seed=3)
     renderer = SimpleNamespace(with_draft=lambda question, draft, is_right: np.concatenate([[8 + is_right], draft]))
     verifier = SimpleNamespace(submit=None, start_step=lambda step: None)
     return answers.Answers(settings, renderer, queue, verifier, Console(io.StringIO()), folder, 4)
@@ -125,7 +126,10 @@ def test_the_file_of_answers_is_closed_where_drawing_fails(tmp_path, monkeypatch
 
 
 def test_a_problem_is_refined_before_others_have_their_plain_answers(tmp_path, monkeypatch):
-    """Of four plain answers the first is right, and pairs of them are drafts: 01 is right, and 12 keeps the wrong 1."""
+    """Of four plain answers the first is right, and pairs of them are drafts: 01 is right, and 12 keeps the wrong 1.
+
+    By the reward 12 would keep 2, the only one with the format.
+    """
     monkeypatch.setattr(answers, "sample_and_score", lambda queue, submit, renderer: queue.answer())
     queue = Queue()
     problems = drawing(tmp_path, queue).collect({}, PROMPTS)
