@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from igrpo_jax.probe import draft_signal, estimates
-from igrpo_jax.probe.conclusion import OBSERVED, Setting, conclude
+from igrpo_jax.probe.conclusion import COPIES, OBSERVED, Setting, conclude
 from igrpo_jax.probe.estimates import NONE, UNKNOWN, Counts, Estimate, estimate
 
 N, G, K = 4, 4, 8
@@ -203,6 +203,17 @@ def test_more_signal_at_the_first_step_is_no_promise_where_grpo_takes_off():
     less = concluded(0.4, 0.5, 0.5, run=12_800)  # nothing is said of a start that has more signal
     assert "right completions in the run that the settings describe (x)" in " ".join(less.reasons)
     assert "the study" not in " ".join(less.reasons) and less.tone == "bad"
+
+
+def test_what_may_be_either_is_said_to_be_neither():
+    """The ends of an interval decide: of x, whether GRPO takes off, and of the answers that repeat a wrong draft's."""
+    figures = estimate(simulated(0.013, 0.12, 0.12, problems=800)) | {"cosine": Estimate(0.95, 0.93, 0.97)}
+    found = conclude(figures | {"successes": Estimate(25, 15, 40)}, Setting(800, K, N, G, "group"))
+    assert found.answer == "more signal at the first step" and found.behaviour == "repairs" and not found.unsolved
+    ignored = estimate(simulated(0.02, 0.02, 0.02))
+    for low, behaviour in ((COPIES - 0.1, "ignores"), (COPIES + 0.05, "copies")):
+        same = Estimate(COPIES + 0.1, low, COPIES + 0.2)
+        assert conclude(ignored | {"same_wrong": same}, SETTING).behaviour == behaviour
 
 
 def test_what_the_study_observed_is_in_its_tables():
