@@ -1,5 +1,6 @@
 """The cosine of two gradients: of made-up ones, of sketches, and of a tiny model; and the reliance on drafts."""
 
+import dataclasses
 import functools
 
 import jax
@@ -125,6 +126,10 @@ def test_units_by_hand(learner):
         assert len(unit.completions) == 2  # the right ones, with the weights that they have in their group
         np.testing.assert_allclose(unit.advantage, weight * plain.advantage[:2], rtol=1e-5)
         np.testing.assert_allclose(unit.weight, plain.weight[:2])
+    for scale in ("none", "batch"):  # one divisor for all groups changes no direction
+        undivided = dataclasses.replace(learner[0].objective, scale_rewards=scale)
+        (unit,) = of_kinds(case, undivided, 18)["plain"]
+        np.testing.assert_allclose(unit.advantage, [0.5, 0.5, -0.5, -0.5])
     equal = problem(0, {True: longer}, answers=4)
     assert of_kinds(equal, learner[0].objective, 18) == {kind: [] for kind in KINDS}
 
