@@ -10,7 +10,7 @@ import pytest
 from builders import completion, run_config
 from learner_cases import DEFAULTS, LONGEST_PROMPT, TEMPERATURE, make_learner, put
 
-from igrpo_jax.config import MeshConfig
+from igrpo_jax.config import AlgorithmConfig, Config, LearnerConfig, MeshConfig
 from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import diagnostics
 from igrpo_jax.learning.programs import LearnerPrograms
@@ -79,6 +79,20 @@ def test_a_sketch_keeps_products():
     assert norms[0] == pytest.approx(expected, rel=6 / np.sqrt(WIDTH))
     # Values of one sign, as those of a bias may be, do not add up.
     assert np.linalg.norm(sketch({"a": jnp.ones(2 * WIDTH)})) == pytest.approx(np.sqrt(2 * WIDTH), rel=0.03)
+    both = sketch({"a": jnp.ones(WIDTH), "b": jnp.ones(WIDTH)})  # nor do those of two weights
+    assert np.linalg.norm(both) == pytest.approx(np.sqrt(2 * WIDTH), rel=0.03)
+
+
+def test_a_gradient_is_that_of_the_objective_alone():
+    """Without the terms and departures that a run may add, which would be in one of the gradients only."""
+    added = {"beta": 0.01, "entropy_coef": 0.1, "num_iterations": 2, "importance_sampling_cap": 2.0}
+    added |= {"train_drafts": True, "draft_when": "unsolved", "group": "prompt", "improvement_bonus": 0.5}
+    added |= {"repeat_penalty": 0.5, "alternate": 3, "refine_credit": "context"}
+    own = {"loss_type": "dapo", "epsilon_high": 0.4, "scale_rewards": "none", "num_drafts": 2}
+    asked = Config(algorithm=AlgorithmConfig(**added | own), learner=LearnerConfig(minibatches=2), prompts_per_step=8)
+    made = learner_config(asked)
+    assert made.algorithm == AlgorithmConfig(**own, refine_credit="plain")
+    assert (made.learner.minibatches, made.prompts_per_step) == (1, 1)
 
 
 def problem(index, contexts, kept=(True, False, True, True), answers=2):
