@@ -149,6 +149,7 @@ def test_lists_that_are_filled_up_are_read_without_the_filling(monkeypatch):
         ("mmlu_pro", {"options": []}),
         ("mmlu_pro", {"options": "['1', '2']"}),
         ("mmlu_pro", {"answer": "K"}),
+        ("mmlu_pro", {"options": [*map(str, range(27))]}),  # more than letters
     ],
 )
 def test_a_row_that_lacks_something_is_named(name, change, monkeypatch):
@@ -207,6 +208,8 @@ def test_choices_that_have_letters_keep_them(tmp_path):
     row = {"question": "Find it.", "options": ["A)21", "B)21.5", "C)22"], "answer": "B", "rationale": "So B."}
     ((row,), _) = of_own(tmp_path, row)
     assert row.question.startswith("Find it.\n\nA)21\nB)21.5\nC)22\n\n") and row.answer == "B"
+    ((row,), _) = of_own(tmp_path, {"question": "Who?", "options": ["A. Smith", "Jones"], "answer": "B"})
+    assert row.question.startswith("Who?\n\nA) A. Smith\nB) Jones\n\n")  # it is the beginning of a name
 
 
 @pytest.mark.parametrize(
@@ -223,6 +226,7 @@ def test_choices_that_have_letters_keep_them(tmp_path):
         ({"choices": {"text": ["4", "7"], "label": ["A", "B"]}, "answer": "B"}, "in 1 of 2 rows: row 2"),
         ({"choices": "['4', '7']", "answer": "B"}, "in 1 of 2 rows: row 2"),  # as CSV has it
         ({"choices": None, "answer": "7"}, "in 1 of 2 rows: row 2"),
+        ({"choices": [*map(str, range(27))], "answer": "B"}, "in 1 of 2 rows: row 2"),  # more than letters
     ],
 )
 def test_a_right_choice_that_is_not_certain_is_refused(tmp_path, change, words):

@@ -37,6 +37,9 @@ def test_json_lines_keep_ids_columns_and_text(tmp_path):
     # A reward that asks for the answer by the name of its column gets the cell as it is.
     assert first == problems.Row("a/7", 0, "1+1 = ½·4?", "2", {"id": "a/7", "a": "2", "level": 3})
     # Answer 0 is not blank; the id is the row's number.
+    assert [row.id for row in load(write(tmp_path / "y.jsonl", [row | {"id": 0} for row in rows]), "q", "a")] == [
+        "0"
+    ] * 2
     assert second == problems.Row("2", 1, "0?", "0", {"a": 0, "level": None})
 
 
@@ -384,7 +387,7 @@ def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
 
     def load_dataset(*args, **kwargs):
         asked.append((*args, kwargs["split"]))
-        return [{"problem": "Q", "question": "Q", "answer": "1 #### 2", "solution": "\\boxed{2}"}]
+        return [{"problem": "Q", "question": "Q", "answer": "1 #### 2", "solution": "\\boxed{2}", "other": "3"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in TRAINING_SETS:
@@ -399,7 +402,19 @@ def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
         ("openai/gsm8k", "main", "train"),
         ("owner/name", "hard", "test"),
     ]
+    assert [row.answer for row in load("math", "", "other")] == ["3"]  # a column that is named
     assert ("openai/gsm8k", "main", "test") in asked[5:] and ("HuggingFaceH4/aime_2024", None, "train") in asked[5:]
+
+
+def test_a_folder_with_the_name_of_a_preset_is_read_itself(tmp_path, monkeypatch):
+    (tmp_path / "math").mkdir()
+    write(tmp_path / "math" / "x.jsonl", sums(3))
+    monkeypatch.chdir(tmp_path)
+    assert [row.answer for row in load("math", "", "")] == ["1", "2", "3"]
+
+
+def test_brackets_make_another_problem():
+    assert overlap.overlapping(["(1 + 2) * 3", "1+2*3."], ["1 + 2 * 3"]) == {1: 0}
 
 
 def test_a_benchmark_without_the_hub_says_how_to_give_a_file():

@@ -213,6 +213,7 @@ def test_the_overhead_of_a_draft_covers_every_prompt(builtin):
         longer = len(one.with_draft(QUESTION, draft)) - len(one.plain(QUESTION))
         assert longer <= one.draft_overhead(length)
         assert one.draft_overhead(length) - longer <= 8
+    assert one.draft_overhead(9, ["1+1  \n", "2+2 "]) == one.draft_overhead(9) + 3  # q may lack them
 
 
 def test_text_leaves_special_tokens_out_and_keeps_the_tags(builtin):

@@ -93,3 +93,9 @@ def test_a_column_that_is_not_there_is_named(tmp_path, sft, says):
     import re
 
     assert re.search(says, error_of(lambda: load(tmp_path, [MATH], **sft)))
+
+
+def test_of_several_right_answers_the_first_is_imitated(tmp_path):
+    row = {"problem": "What is a half?", "solution": "1 / 2", "answer": ["0.5", "1/2"]}
+    found, _ = load(tmp_path, [row], completion="{solution}: {answer}")
+    assert [each.text for each in found] == ["1 / 2: 0.5"]

@@ -170,6 +170,9 @@ def test_answers_of_a_benchmark_that_nothing_can_equal_are_named(tmp_path, caplo
     message = error_of(problems.benchmark_rows, "mine", settings)
     assert "mine.jsonl: no completion can match the reference answers of 2 of 10: rows 1, 4, more than 10%" in message
     assert "We let x be the rate." in message and "config.evaluation.answer_column names another" in message
+    write(tmp_path / "aime24.jsonl", rows)  # those of a known benchmark are what they are
+    assert len(problems.benchmark_rows("aime24", settings)) == 10
+    assert "answers of 2 of 10: rows 1, 4; fix them" in caplog.records[-1].getMessage()
 
 
 @pytest.mark.parametrize(
