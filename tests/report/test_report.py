@@ -252,6 +252,7 @@ def concluded(folder):
         (evaluated(0.5, 0.9), "Learning"),
         (evaluated(0.5, 0.9, 0.51), "Not shown"),  # the last counts, not the best
         (evaluated(0.5, 0.3), "Getting worse"),
+        (evaluated(0.5, 0.47), "Not shown"),  # below the interval of the first, which overlaps its own
         (evaluated(0.5, 0.3) + evaluated(0.5, 0.9, name="c"), "Mixed"),
         (evaluated(0.5, 0.51) + evaluated(0.5, 0.9, name="c"), "Learning"),
         ([{"step": 0, "eval/b/pass@1": 0.1}, {"step": 1, "eval/b/pass@1": 0.9}], "Not shown"),  # no intervals
@@ -296,6 +297,10 @@ def test_problems_are_compared_in_pairs_where_their_rows_are_there(tmp_path):
     write_evaluation(folder, 10, range(20))  # 4 become right and none wrong: p = 2 / 2^4
     conclusion = concluded(folder)
     assert conclusion.answer == "Not shown" and "p = 0.12 by an exact sign test" in conclusion.reasons[0]
+    write_evaluation(folder, 10, range(12))  # or wrong
+    conclusion = concluded(folder)
+    assert conclusion.answer == "Not shown" and "-10.0 points" in conclusion.reasons[0]
+    assert "p = 0.12 by an exact sign test" in conclusion.reasons[0]
     (folder / "evaluations" / "step_000010" / "b.jsonl").write_text('{"index": 0}\n{"ind')
     conclusion = concluded(folder)
     assert conclusion.answer == "Not shown" and "intervals overlap" in conclusion.reasons[0]

@@ -104,6 +104,16 @@ def test_values_are_numbers_or_none_in_any_collection():
     assert math.isnan(none) and wrong.startswith("returned 'many', which is not a number (ValueError")
 
 
+def unordered(completions, **_):
+    return {0.25, 0.5}
+
+
+def test_values_without_an_order_are_refused():
+    """They would reach the wrong completions."""
+    with pytest.raises(TypeError, match=r"must return a list with one number or None per completion, not \{0\."):
+        call(unordered)
+
+
 def huge(completions, **_):
     return [-1e200, np.float64(1e18)]
 
