@@ -498,6 +498,14 @@ def test_what_people_look_for_has_a_plot(tmp_path):
     assert not sections[table.OTHER][0].drawn
 
 
+def test_the_parts_of_a_step_add_up_to_its_time(tmp_path):
+    times = {"step_time": 10.0, "rollout_time": 6.0, "verify_wait_time": 1.5, "update_time": 3.0}
+    rows = [{"step": 1, "loss": 0} | {f"perf/{name}": value for name, value in times.items()}]
+    (panel,) = (panel for panel in table.PANELS[table.TIME] if panel.file == "time")
+    run = read(write(tmp_path / "run", rows))
+    assert [line.of(run).values.tolist() for line in panel.lines] == [[4.5], [1.5], [3.0], [1.0]]
+
+
 def test_panels_of_what_few_steps_measure_say_so():
     """docs/metrics.md says so of these metrics; the entropy of drafts is the sampler's, of every step."""
     every = [panel for some in table.PANELS.values() for panel in some]
