@@ -7,6 +7,7 @@ import time
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from engines import make_engine
 from igrpo_jax import config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import sharding
-from igrpo_jax.learning import credit, filtering, objectives
+from igrpo_jax.distributed.preemption import Preempted
+from igrpo_jax.learning import credit, exchange, filtering, objectives, stages
 from igrpo_jax.learning.exchange import RolloutPart, StepPosition
 from igrpo_jax.learning.rollout import Rollout, _usage_metrics
 from igrpo_jax.learning.stages import (
@@ -70,13 +72,15 @@ class StubVerifier:
     def __init__(self, status="ok", delay=0.03):
         self._pool, self._status, self._delay = ThreadPoolExecutor(32), status, delay
         self._lock, self.submitted, self.finished, self.openings = threading.Lock(), [], [], set()
+        self.steps, self.counted = [], 0
 
     def start_step(self, step):
-        pass
+        self.steps.append(step)
 
     judgements = ()
 
     def statistics(self, scores, judgements):
+        self.counted = len(scores)
         return statistics(scores)
 
     def submit(self, candidate, batch) -> Future:
@@ -397,6 +401,13 @@ def test_without_drafts_it_is_the_base_algorithm(collect, schedulers, params, pr
     assert metrics["perf/completion_tokens"] == sum(len(one.tokens) for one in direct.values())
 
 
+@pytest.mark.parametrize("nearly_greedy", [{"rollout__top_k": 1}, {"rollout__top_p": 1e-6}])
+def test_top_p_and_top_k_bound_what_is_sampled(collect, nearly_greedy):
+    """Where only the likeliest token can be drawn, all completions of a prompt are the same."""
+    groups, _ = collect(algorithm__num_drafts=0, **nearly_greedy)
+    assert [len({one.text for one in group.completions}) for group in groups] == [1] * len(QUESTIONS)
+
+
 def test_dropping_every_draft_is_the_base_algorithm(collect):
     base, _ = collect(algorithm__num_drafts=0)
     dropped, _ = collect(algorithm__draft_dropout=1.0)
@@ -454,6 +465,22 @@ def test_a_verifier_that_fails_stops_the_run(collect, status):
     assert len(groups) == len(QUESTIONS) and metrics[f"verifier/{status}_frac"] == 1
 
 
+def test_a_rollout_that_is_preempted_lets_the_other_processes_go(monkeypatch, renderer, prompts):
+    """Those of its team wait for it to finish, and those of other teams for its part."""
+
+    def preempted(*_):
+        raise Preempted
+
+    monkeypatch.setattr("igrpo_jax.learning.rollout.sample_and_score", preempted)
+    sent, gather = [], exchange.all_gather_parts
+    monkeypatch.setattr(exchange, "all_gather_parts", lambda own, prompts: sent.append(own) or gather(own, prompts))
+    ended, nothing = [], lambda *_: ()
+    scheduler = SimpleNamespace(start=nothing, positions=nothing, finish=lambda: ended.append(True))
+    with pytest.raises(Preempted):
+        Rollout(settings(), renderer, scheduler, StubVerifier()).collect({}, 1, lambda redraw: prompts)
+    assert ended == [True] and sent == [None]
+
+
 class SilentJudge(StubVerifier):
     """A verifier that has no verdict on any draft."""
 
@@ -473,11 +500,12 @@ def test_drafts_without_a_verdict_are_not_shown(collect):
 
 
 def test_what_a_reward_is_given(collect, prompts):
-    """It gets the row's columns, the question and the very tokens that were sampled."""
+    """It gets the row's columns, the question and the very tokens that were sampled, and knows the step."""
     seen = []
 
     class Watching(StubVerifier):
         def submit(self, candidate, batch):
+            assert self.steps == [3]
             seen.append(candidate)
             return super().submit(candidate, batch)
 
@@ -554,6 +582,28 @@ def test_a_right_and_a_wrong_draft_can_be_shown_equally_often():
     assert select_draft(drafts[:1], "balanced", rng) is None
 
 
+def test_what_the_randomness_of_a_prompt_follows_from():
+    """Seed, step, position and redraw; what drops a draft and what selects one are streams of their own."""
+
+    def draw(seed=1, step=2, index=3, redraw=0, tag=stages.DROPOUT):
+        runner, progress = SimpleNamespace(_seed=seed, _step=step, _count=6), SimpleNamespace()
+        progress.position = StepPosition(index, redraw)
+        return stages.StageRunner._rng(runner, progress, tag).random()
+
+    others = [{"seed": 4}, {"step": 4}, {"index": 4}, {"redraw": 1}, {"tag": stages.SELECTION}]
+    assert len({draw(), *(draw(**other) for other in others)}) == 6 and draw() == draw()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_q_prime_can_say_whether_its_draft_is_right(prompts, right):
+    """What {verdict} in refine.instruction stands for."""
+    (draft,) = drafts_with([0.5])
+    draft.score.rewards["accuracy"] = float(right)
+    progress = PromptProgress(prompts[0], StepPosition(0), drafts={2: draft})
+    runner = SimpleNamespace(_renderer=SimpleNamespace(with_draft=lambda *shown: shown))
+    assert stages.StageRunner._context(runner, progress, 2) == (QUESTIONS[0], draft.tokens, right)
+
+
 @pytest.mark.parametrize("selection", ["worst", "first", "random"])
 def test_the_kept_draft_can_be_another(collect, rollout, renderer, selection):
     """The drafts are the same; what q' shows follows from the seed, the step and the position, not from arrival."""
@@ -595,6 +645,16 @@ def test_a_draft_without_a_verdict_ends_nothing(collect):
     wanted = {"rewards__max_error_fraction": 1.0, "algorithm__draft_early_stop": True}
     groups, _ = collect(SilentJudge(delay=0.0), **wanted)
     assert all(len(group.drafts) == N and group.kept is None for group in groups)
+
+
+def test_a_largest_reward_that_is_rounded_ends_drafting(collect):
+    """A sum of weights may come out a little below the sum that `largest` is."""
+
+    class Rounded(StubVerifier):
+        reward = staticmethod(lambda text: 2 - 1e-7)
+
+    groups, _ = collect(Rounded(delay=0.0), algorithm__draft_early_stop=True)
+    assert [len(group.drafts) for group in groups] == [1] * len(QUESTIONS)
 
 
 class Hard(StubVerifier):
@@ -773,7 +833,7 @@ def test_every_draft_can_be_refined(collect, rollout, renderer):
     verifier = StubVerifier()
     groups, metrics = collect(verifier, **wanted)
     again, _ = collect(StubVerifier(delay=0.0), slots=3, **wanted)
-    assert len(verifier.submitted) == len(QUESTIONS) * (N + 2 * N)
+    assert verifier.counted == len(verifier.submitted) == len(QUESTIONS) * (N + 2 * N)
     for group, repeated, plain in zip(groups, again, rollout[0], strict=True):
         same(group, repeated)
         assert [draft.text for draft in group.drafts] == [draft.text for draft in plain.drafts]
@@ -799,6 +859,15 @@ class OneReward(StubVerifier):
     def _grade(self, text, answer, delay):
         value = (0.0, 1.0, 2.0, math.nan)[zlib.crc32(text.encode()) % 4]
         return Score(value if self.total is None else self.total, {"accuracy": value}, text[:1], "ok")
+
+
+def test_the_kept_draft_can_be_the_best_by_one_reward(collect):
+    """The weighted sums of all drafts are equal, and by them the first would be kept."""
+    groups, _ = collect(OneReward(total=1.0), algorithm__draft_metric="accuracy")
+    for group in groups:
+        values = [draft.score.rewards["accuracy"] for draft in group.drafts]
+        assert group.kept == int(np.nanargmax(values))
+    assert len({group.kept for group in groups}) > 1
 
 
 def test_the_refined_draft_can_be_chosen_by_one_reward(collect):
@@ -885,9 +954,10 @@ def test_groups_without_a_signal_are_drawn_again(collect, prompts, streamed):
         assert [draft.text for draft in groups[index].drafts] != [draft.text for draft in groups[twin].drafts]
         assert len(set(groups[index].rewards)) > 1
     assert (metrics["redraw/groups"], metrics["redraw/exhausted"]) == (3, 0)
-    assert len(verifier.submitted) == (len(QUESTIONS) + 3) * (N + G)
-    tokens = sum(len(one.tokens) for group in groups for one in group.completions)
-    assert metrics["perf/completion_tokens"] > tokens  # those thrown away were sampled too
+    assert verifier.counted == len(verifier.submitted) == (len(QUESTIONS) + 3) * (N + G)
+    for name, stage in (("draft", "drafts"), ("completion", "completions")):
+        tokens = sum(len(one.tokens) for group in groups for one in getattr(group, stage))
+        assert metrics[f"perf/{name}_tokens"] > tokens  # those thrown away were sampled too
     assert "redraw/groups" not in unwanted
 
 
