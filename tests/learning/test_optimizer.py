@@ -14,6 +14,7 @@ from learner_cases import make_learner
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.learning import train_state
+from igrpo_jax.learning.loss import MicroBatchSums
 from igrpo_jax.learning.optimizer import make_optimizer, state_shardings
 from igrpo_jax.outputs.checkpoint import Checkpointer
 
@@ -194,6 +195,23 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was_on_any_device(name):
             kept = keep(jnp.bool_(finite), lambda params, state: step(tree(1), state, params), old)
             for mine, theirs in zip(*map(jax.tree.leaves, (kept, expected)), strict=True):
                 np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["gradient", "refine", "draft"])
+def test_one_number_that_is_not_finite_is_enough_to_change_nothing(where, bad):
+    """A norm may overflow where the loss is finite, and the loss of either stage where the gradient is."""
+    optimizer, schedule = make_optimizer(settings_of("adamw"), 10)
+    grads, params = ({"norm/scale": jnp.float32([value, 1.0])} for value in (bad if where == "gradient" else 2.0, 1.0))
+    finite = MicroBatchSums.zeros()
+    sums = dict.fromkeys(("refine", "draft"), finite)
+    if where in sums:
+        sums[where] = finite._replace(loss_sums=finite.loss_sums._replace(loss=jnp.float32(bad)))
+    old = train_state.TrainState(params, optimizer.init(params), jnp.int32(3), jnp.int32(1))
+    new, metrics = train_state.apply(optimizer, schedule, old, grads, sums)
+    for mine, theirs in zip(*map(jax.tree.leaves, (new[:2], old[:2])), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert (int(new.step), int(new.skipped), int(metrics["nonfinite_steps"])) == (4, 2, 2)
 
 
 def test_the_step_makes_no_copy_of_moments(tiny):
