@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ from igrpo_jax import config, train
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.compiling import compile_all
 from igrpo_jax.learning import diagnostics, objectives
+from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.optimizer import make_optimizer
+from igrpo_jax.learning.packing import Unit
 from igrpo_jax.learning.update_metrics import mean_over_steps
 from igrpo_jax.models import decoder
 from igrpo_jax.records import Completion, Score
@@ -917,6 +920,48 @@ def test_several_updates_of_one_rollout(build, tiny, score_in_full, monkeypatch)
     assert means["kl"] == pytest.approx(np.mean([metrics["kl"] for *_, metrics in seen]), rel=1e-6)
     # Every group once a pass, in an order of the pass's own.
     assert sorted(orders[:P]) == sorted(orders[P:]) == list(range(P)) and orders[:P] != orders[P:]
+
+
+def test_which_units_share_a_minibatch_follows_from_seed_step_and_pass():
+    """Every unit is in one of them, and without minibatches the order is that of the prompts."""
+
+    def dealt(seed=0, step=1, iteration=0, count=3):
+        fields = SimpleNamespace(_seed=seed, _minibatch_count=count)
+        return list(Learner._minibatches(fields, [list(range(24)), list(range(24, 30))], step, iteration))
+
+    usual = dealt()
+    assert sorted(x for part in usual for x in part) == list(range(30))
+    assert [sum(x < 24 for x in part) for part in usual] == [8] * 3
+    assert usual == dealt() and usual not in (dealt(seed=1), dealt(step=2), dealt(iteration=1))
+    assert dealt(count=1) == [list(range(30))]
+
+
+def test_a_unit_has_a_gradient_where_any_completion_has_an_advantage():
+    """Where wrong refinements have no credit, a unit holds zeros and others."""
+    unit = lambda *advantages: Unit(np.zeros(1, np.int32), (), np.float32(advantages))
+    for needs_advantage in (True, False):
+        learner = SimpleNamespace(objective=SimpleNamespace(needs_advantage=needs_advantage))
+        assert Learner._has_gradient(learner, unit(0.0, -0.5))
+        assert Learner._has_gradient(learner, unit(0.0, 0.0)) != needs_advantage
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 3),
+        ({"algorithm__beta": 0.1}, 4),
+        (SEVERAL, 8),  # log pi_old, log pi_ref, and twice three
+        ({"model__lora__rank": 2}, 2),  # no gradient of the weights
+    ],
+)
+def test_the_passes_that_flops_count(tiny, changes, passes):
+    learner, _ = make_learner(tiny[0], **changes)
+    units = learner.packer.units(make_groups(), ADVANTAGES)
+    once = sum(
+        learner.programs.costs.model.useful_flops(len(unit.context), [len(one.tokens) for one in unit.completions], 1)
+        for unit in units
+    )
+    assert learner._model_flops(units) == pytest.approx(passes * once)
 
 
 @pytest.mark.slow

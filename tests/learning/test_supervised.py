@@ -1,5 +1,7 @@
 """Supervised steps: the learner's gradient is that of the cross-entropy, and drafts follow from seed and step."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,8 +54,20 @@ def test_which_draft_an_example_shows_follows_from_seed_and_step():
     again = supervised.groups(config, examples, Plain(), 7)
     assert [x.context.tolist() for x in again] == [x.context.tolist() for x in made]
     other = supervised.groups(config, examples, Plain(), 8)
-    assert [x.context.tolist() for x in other] != [x.context.tolist() for x in made]
+    reseeded = supervised.groups(replace(config, seed=4), examples, Plain(), 7)
+    for others in (other, reseeded):
+        assert [x.context.tolist() for x in others] != [x.context.tolist() for x in made]
     assert {len(group.context) for group in supervised.groups(config, [example(1, drafts=0)] * 50, Plain(), 7)} == {1}
+
+
+def test_what_a_step_says_of_its_examples():
+    """Of four examples with three tokens each one shows a draft; the rest is what the update measured."""
+    config = Config(sft=SftConfig(draft_column="d", draft_fraction=1.0))
+    made = supervised.groups(config, [example(0), *(example(number, drafts=0) for number in (1, 2, 3))], Plain(), 1)
+    names = ("grad_norm", "learning_rate", "nonfinite_steps", "entropy", "perf/padding_frac")
+    learned = {"sampling/sampling_logp_difference/mean": 1.5, "loss": 7.0} | dict.fromkeys(names, 2.0)
+    expected = {"sft/loss": 1.5, "sft/tokens": 12, "sft/draft_frac": 0.25} | dict.fromkeys(names, 2.0)
+    assert supervised.metrics(learned, made) == expected
 
 
 def test_shapes_hold_the_examples_of_a_step():
