@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from model_files import error_of
@@ -21,7 +22,19 @@ def test_another_number_of_steps_changes_the_learning_rate_and_says_so():
     told = resuming.new_schedule(settings, 50, 100, 50)
     assert told.startswith("100 steps instead of 50: the learning rate rises and falls as in a run of 100 steps")
     assert told.endswith("it was 9.87e-07 at the end of step 50, and is 0.0005 in step 51")
+    tree.learner.minibatches, tree.algorithm.num_iterations = 2, 2
+    several = resuming.new_schedule(config.freeze(tree), 50, 100, 50)  # four optimizer steps in each
+    assert several.endswith("it was 6.17e-08 at the end of step 50, and is 0.0005 in step 51")
     assert not resuming.new_schedule(settings, 100, 100, 50) and not resuming.new_schedule(settings, 50, 100, 0)
+
+
+@pytest.mark.parametrize(("rows", "is_told"), [(2, True), (3, False), (4, False)])
+def test_rows_that_are_lost_are_missed(rows, is_told):
+    """Three were written; an evaluation may have added one since the checkpoint."""
+    told = []
+    resuming.tell_lost_rows(rows, 3, 7, SimpleNamespace(message=told.append))
+    lost = f"metrics.jsonl has {rows} rows up to step 7, 3 were written: the missing rows cannot be recovered"
+    assert told == [lost] * is_told
 
 
 @pytest.mark.parametrize(("steps", "asked"), [(3, "config.steps = 3"), (0, "config.epochs = 1")])
