@@ -18,6 +18,7 @@ import chat_templates
 import jax
 import numpy as np
 import pytest
+from builders import completion, group, run_config
 from whole_runs import check_same_rows, faulty, final_state, rewind, rows, run, samples, settings, start
 
 from igrpo_jax import config, train
@@ -80,6 +81,51 @@ def test_a_callback_gets_each_step_with_the_scores_after_it(monkeypatch, tmp_pat
         *("report 3", "save 3", (3, {"reward": 1.5})),
         *("report 4", "save 4", (4, {"reward": 2.0, "eval/x": 0.5})),
     ]
+
+
+def test_a_step_samples_scores_and_updates(monkeypatch, tmp_path):
+    """Drafts of step 7 are those of its prompts and of the policy before it; rescoring is for steps that show samples.
+
+    With the bonus a right refinement of a wrong draft earns 1.5, beside 0 and drafts of 0 and 1: mean 5/8, std 3/4.
+    """
+    drafts = [completion("draft", i, [3], accuracy=accuracy) for i, accuracy in enumerate((0.0, 1.0))]
+    refined = [completion("refine", i, [3, 4], accuracy=accuracy) for i, accuracy in enumerate((1.0, 0.0))]
+    groups, told, before, after = [group(drafts, 0, refined)], [], SimpleNamespace(params="old"), object()
+    algorithm = {"train_drafts": True, "improvement_bonus": 0.5, "group": "prompt"}
+    monkeypatch.setattr(train.diagnostics, "rescored_metrics", lambda learner, *args: {"rescored": args})
+
+    def collect(params, step, prompts):
+        told.append((params, step, prompts(), prompts(2)))
+        return groups, {"perf/draft_tokens": 2, "perf/completion_tokens": 4}
+
+    def update(state, groups, advantages, step, draft_advantages):
+        told.append((state, groups, step))
+        told.append([[own.tolist() for own in stage] for stage in (advantages, draft_advantages)])
+        return after, {"loss": 0.5}
+
+    run = SimpleNamespace(
+        config=run_config(**{f"algorithm.{name}": value for name, value in algorithm.items()}),
+        workdir=tmp_path,
+        resumed_after=6,
+        inputs=SimpleNamespace(
+            step_prompts=lambda *place: place, mesh=SimpleNamespace(devices=np.array(jax.devices()))
+        ),
+        learner=SimpleNamespace(rollout_params=lambda params: f"{params}, cast", update=update),
+        rollout=SimpleNamespace(collect=collect),
+        compile_rest=lambda: told.append("compiled"),
+        shows_samples=lambda step: step == 8,
+    )
+    result = train.train_step(run, before, 7)
+    (sampled, compiled, updated, (refinements, of_drafts)) = told
+    assert sampled == ("old, cast", 7, (7,), (7, 2)) and compiled == "compiled" and updated == (before, groups, 7)
+    assert refinements == [pytest.approx([7 / 6, -5 / 6], rel=1e-3)]
+    assert of_drafts == [pytest.approx([-5 / 6, 1 / 2], rel=1e-3)]
+    assert result.state is after and result.groups is groups and "rescored" not in result.metrics
+    assert (result.metrics["refine/reward_change"], result.metrics["reward_std"]) == (0.25, pytest.approx(0.75))
+    assert result.metrics["perf/tokens_per_second"] == pytest.approx(6 / result.metrics["perf/step_time"])
+    shown = train.train_step(run, before, 8)
+    assert shown.metrics["rescored"] == ("old", groups)
+    assert told[4:] == [("old, cast", 8, (8,), (8, 2)), (before, groups, 8), told[3]]
 
 
 def test_a_step_whose_callback_raises_is_saved(monkeypatch, tmp_path):
