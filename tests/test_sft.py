@@ -1,5 +1,7 @@
 """Supervised fine-tuning: it learns, goes on exactly where it stopped, is exported, and is no run of main."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 from model_files import HYBRID, edit_tensors, error_of, save_byte_model
 
 from igrpo_jax import config, export
+from igrpo_jax.data import order
 from igrpo_jax.distributed import sharding
 from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.errors import InputError, RunError
@@ -23,6 +27,7 @@ from igrpo_jax.outputs import workdir as workdirs
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import rows_until
 from igrpo_jax.session import opening, sft
+from igrpo_jax.session.progress import Progress
 from igrpo_jax.session.run_context import RunContext
 from igrpo_jax.storage import lease as leases
 from igrpo_jax.storage import writing
@@ -231,6 +236,94 @@ def test_what_evaluations_ask_is_no_example_and_a_resume_asks_the_same(settings,
     other = sft.open_sft(replace(settings, evaluation=config.EvaluationConfig()))
     message = error_of(sft._claim, other, tmp_path / "run", other.config)
     assert "restore the problems, config.evaluation.benchmarks and config.evaluation.data_dir" in message
+
+
+@pytest.mark.parametrize("part", ["prompt", "solution", "draft", "verdict"])
+def test_a_resume_needs_the_same_examples(settings, part):
+    inputs = sft.open_sft(settings)
+    first, *others = inputs.examples
+    (draft,) = first.drafts
+    other = np.append(first.target, 1)
+    changed = {
+        "prompt": replace(first, prompt=replace(first.prompt, tokens=other)),
+        "solution": replace(first, target=other),
+        "draft": replace(first, drafts=(draft._replace(tokens=other),)),
+        "verdict": replace(first, drafts=(draft._replace(is_right=not draft.is_right),)),
+    }[part]
+    assert replace(inputs, examples=[first, *others]).fingerprint == inputs.fingerprint
+    assert replace(inputs, examples=[changed, *others]).fingerprint != inputs.fingerprint
+
+
+def test_the_lengths_of_examples_are_bounded_to_the_token(settings, tmp_path):
+    """Solutions by their limit; the longest prompt, with a draft in it, and a solution by the model's positions."""
+    inputs = sft.open_sft(settings)
+    longest = max(len(example.target) for example in inputs.examples)
+    limited = lambda limit, **more: replace(settings, rollout=config.RolloutConfig(max_completion_length=limit), **more)
+    assert len(sft.open_sft(limited(longest)).examples) == 20
+    shorter = sft.open_sft(limited(longest - 1))
+    assert [example.prompt.index for example in shorter.examples] == list(range(9))  # the sums of one digit
+    assert ("too long", "11 of 20, left out") in shorter.notes
+    with_draft = lambda x, draft: inputs.renderer.with_draft(x.prompt.question, draft.tokens, draft.is_right)
+    contexts = [with_draft(example, draft) for example in inputs.examples for draft in example.drafts]
+    undrafted = sft.open_sft(replace(settings, sft=config.SftConfig()))
+    assert undrafted.longest_prompt == max(len(example.prompt.tokens) for example in inputs.examples)
+    assert inputs.longest_prompt >= max(map(len, contexts)) > undrafted.longest_prompt
+    save_byte_model(tmp_path / "model", max_positions=inputs.longest_prompt + 70)
+    model = replace(settings.model, path=str(tmp_path / "model"))
+    sft.open_sft(limited(70, model=model))
+    assert "limit" not in (message := error_of(sft.open_sft, limited(71, model=model)))
+    assert f"exceeds the model's context of {inputs.longest_prompt + 70}" in message
+
+
+def test_a_problem_keeps_its_solution_where_others_are_left_out(settings, tmp_path):
+    """The first one for its long question, the second one for its long solution."""
+    rows = [("2 + 2, and nothing else at all?", "four"), ("1 + 1?", "two " * 20), ("2 + 1?", "three"), ("0?", "none")]
+    lines = [json.dumps({"question": question, "solution": solution}) + "\n" for question, solution in rows]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    data = replace(settings.data, train=str(tmp_path / "train.jsonl"), max_prompt_length=40)
+    inputs = sft.open_sft(replace(settings, data=data, sft=config.SftConfig(), prompts_per_step=1))
+    assert [each.prompt.question for each in inputs.examples] == ["2 + 1?", "0?"]
+    for each, (_, solution) in zip(inputs.examples, rows[2:], strict=True):
+        assert f"<answer>{solution}</answer>" in inputs.policy.tokenizer.decode(each.target)
+    assert ("too long", "2 of 4, left out") in inputs.notes
+
+
+def test_a_step_imitates_the_examples_that_seed_and_step_choose(settings):
+    """All of a set that is read twice are eight steps; every example is imitated alike."""
+    assert sft.open_sft(replace(settings, steps=0, epochs=2.0)).total_steps == 8
+    seen, written = [], []
+    names = ("grad_norm", "learning_rate", "nonfinite_steps", "entropy", "perf/padding_frac")
+    learned = {"sampling/sampling_logp_difference/mean": 1.5} | dict.fromkeys(names, 0.0)
+    writer = SimpleNamespace(write=lambda step, row: written.append((step, row["sft/loss"])))
+
+    def update(state, groups, advantages, step):
+        seen.append(([group.prompt.index for group in groups], [own.tolist() for own in advantages], step))
+        return state + 1, learned
+
+    for seed in (0, 1):
+        inputs = sft.open_sft(replace(settings, seed=seed))
+        learner, console = SimpleNamespace(update=update), SimpleNamespace(step=lambda step, row: None)
+        assert sft._step(inputs, learner, 5, 2, Progress(), writer, console) == 6
+        chosen, advantages, step = seen.pop()
+        assert chosen == order.step_indices(1, 5, 20, seed) and advantages == [[1.0]] * 5 and step == 2
+    assert written == [(2, 1.5)] * 2
+
+
+def test_what_a_resume_takes_from_its_checkpoint(settings, tmp_path, monkeypatch):
+    """Steps that were skipped before are not told again; an end that is behind it is refused."""
+    monkeypatch.setattr(sft, "Learner", lambda *_, **__: None)
+    inputs, printed = sft.open_sft(settings), io.StringIO()
+    workdirs.prepare_workdir(tmp_path, inputs.config)
+    state = SimpleNamespace(skipped=5)
+    store = SimpleNamespace(restore=lambda abstract: (2, state, {"total_steps": 6, "bad_steps": 1}))
+    with Console(printed) as console, contextlib.ExitStack() as stack:
+        place = SimpleNamespace(state=None), store, 2, RunContext(tmp_path, console, stack)
+        begun = sft._begin(inputs, *place)
+        with pytest.raises(InputError, match=r"ends after step 1, but the run in .* has already reached step 2"):
+            sft._begin(replace(inputs, total_steps=1), *place)
+    assert (begun.resumed_after, begun.state) == (2, state)
+    assert (begun.progress.skipped_optimizer_steps, begun.progress.skipped_in_a_row) == (5, 1)
+    assert "3 steps instead of 6: the learning rate rises" in " ".join(printed.getvalue().split())
 
 
 def test_what_sft_needs(settings, tmp_path):
