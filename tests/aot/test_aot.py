@@ -132,13 +132,17 @@ def test_a_reference_waits_too():
     devices = jax.devices()[:1]
     mesh = sharding.make_mesh(config.MeshConfig(), devices)
     waiting = {}
-    for beta in (0.0, 0.1):
-        c = whole_runs.settings(**SETTINGS | {"mesh.tensor": 1, "algorithm.beta": beta})
+    for beta, offload in ((0.0, False), (0.1, True), (0.1, False)):
+        fields = {"mesh.tensor": 1, "algorithm.beta": beta, "learner.offload_reference": offload}
+        c = whole_runs.settings(**SETTINGS | fields)
         cfg = footprint.describe(c.model)
         programs = footprint.LearnerPrograms(c, cfg, mesh, longest_prompt=64, total_steps=1)
-        waiting[beta] = programs.waiting_bytes
+        waiting[beta, offload] = programs.waiting_bytes
     size = tree_bytes(programs.state.params)
-    assert [x - size for x in waiting[0.1]] == list(waiting[0.0])
+    alone = np.array(waiting[0.0, False])
+    np.testing.assert_array_equal(waiting[0.1, False], alone + size)
+    # In host memory it waits unless it is scored, when the policy waits.
+    np.testing.assert_array_equal(waiting[0.1, True], alone + np.array([0, size, 0]))
 
 
 @pytest.mark.slow

@@ -1097,6 +1097,23 @@ def test_predicted_bytes(build, tiny):
         assert 16 * params / 4 < learner.programs.predicted_bytes() < whole / 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "rescored"),
+    [
+        ({"algorithm__num_drafts": 4, "log__samples_every": 0}, 0),
+        ({"algorithm__num_drafts": 4, "log__samples_every": 2}, 1),  # a full micro-batch for `diagnostics`
+        ({"algorithm__num_drafts": 0, "log__samples_every": 2}, 0),
+        ({"algorithm__beta": 0.1}, 3),
+        ({"learner__minibatches": 2}, 3),
+    ],
+)
+def test_which_programs_are_compiled_before_the_first_update(tiny, changes, rescored):
+    programs = make_learner(tiny[0], **changes)[0].programs
+    sizes = [(size,) for size in programs.packer.shapes.sizes]
+    expected = [*((programs.accumulate, size) for size in sizes), *((programs.rescore, x) for x in sizes[:rescored])]
+    assert len(sizes) == 3 and programs.program_shapes == [*expected, (programs.apply, ())]
+
+
 @pytest.mark.slow
 def test_a_larger_vocabulary_adds_chunks_of_logits_only(tiny):
     """A word more costs the gradient of the head, [D], and three times a chunk's 128 of 768 positions."""
