@@ -7,8 +7,8 @@ This is `python -m igrpo_jax.main` as one process, with the environment that doc
 
 Memory by arithmetic, not measured on a GPU: weights, gradient and both moments take 122 GB over all GPUs. Four H100s
 share a copy of the weights to sample with, which `rollout.mesh.tensor` chooses by formula: 3.8 GB on each, and at most
-0.13 GB of pages for each of the 32 slots of their group. At its start a run prints what it needs, by its compiler's
-count, next to what a card has.
+0.13 GB of pages for each of the 32 slots of their group. In its first step a run prints what it needs, by its
+compiler's count, next to what a card has.
 """
 
 from igrpo_jax.config import default

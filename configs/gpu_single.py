@@ -6,8 +6,8 @@
 Unless told otherwise, JAX takes 0.75 of a card's memory. docs/scaling.md has other settings and where they come from.
 
 Memory by arithmetic, not measured on a GPU: weights, gradient and both moments take 28 GB, the sampler's bfloat16 copy
-takes 3.6 GB, and each of the 64 slots takes at most 0.27 GB of pages. At its start a run prints what it needs, by its
-compiler's count, next to what the card has.
+takes 3.6 GB, and each of the 64 slots takes at most 0.27 GB of pages. In its first step a run prints what it needs, by
+its compiler's count, next to what the card has.
 """
 
 from igrpo_jax.config import default

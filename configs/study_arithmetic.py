@@ -3,8 +3,8 @@
     python benchmarks/matched_budget.py --out studies/arithmetic
 
 A decoder with 0.6 M parameters learns sums of three to five numbers, step by step, from a teacher that gets every
-fourth step wrong: its samples are right about a third of the time. This start is made and exported once, and every run
-begins from it, for 60 steps of 16 prompts with 8 completions each. There are two minibatches per rollout, so that
+fourth step wrong: its samples are right about 39 % of the time. This start is made and exported once, and every
+run begins from it, for 60 steps of 16 prompts with 8 completions each. There are two minibatches per rollout, so that
 ratios differ from 1 and the objectives differ from one another.
 """
 
