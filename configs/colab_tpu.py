@@ -3,7 +3,7 @@
     python -m igrpo_jax.main --config configs/colab_tpu.py --workdir runs/colab
 
 `python -m igrpo_jax.aot --config configs/colab_tpu.py --topology v5e:1x1` reports that the run fits: an update takes
-10.5 of 15.8 GiB per chip and sampling takes 10.0 GiB; in both, 0.9 GiB are for the code of all programs. A step in
+12.1 of 15.8 GiB per chip and sampling takes 10.0 GiB; in both, 0.8 GiB are for the code of all programs. A step in
 which every completion has the greatest length takes at least 9 s. It has not been run on a TPU.
 
 The frozen weights are bfloat16. So are the sampler's, with the adapters merged. Each copy takes 2.9 GiB.
