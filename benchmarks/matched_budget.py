@@ -69,6 +69,8 @@ from study_settings import SETTINGS, Study, open_study, read_config
 
 from igrpo_jax.distributed.preemption import EXIT_CODE
 
+OF_A_MODEL = ("model", "data", "screen", "held-out")  # flags of the settings that train a given model
+
 
 def seeds_of(args: argparse.Namespace, group: str) -> int:
     """Returns how many seeds the arms of a group have: 10 where it is the main one or a single arm."""
@@ -186,7 +188,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="default: the configuration's")
     parser.add_argument("--jobs", type=int, help="runs at a time; default 2, qwen05 1")
     parser.add_argument("--minutes", type=float, default=0, help="when to stop; default: at the end of the study")
-    parser.add_argument("--model", default="", help="Hugging Face directory or hub id, not with arithmetic")
+    parser.add_argument("--model", default="", help="Hugging Face directory or hub id, for smollm2 and qwen05")
     parser.add_argument("--data", type=Path, help="folder of gsm8k_train.jsonl (id, prompt, answer, solution)")
     parser.add_argument("--screen", type=int, help="problems that the model is asked first; default 400, qwen05 1024")
     parser.add_argument("--held-out", type=int, help="problems for evaluations only; default 0, qwen05 128")
@@ -199,6 +201,12 @@ def parse() -> argparse.Namespace:
         parser.error(f"--minutes {args.minutes:g}: runs may take {grace_of(args):g} s to stop; give more")
     args.out = args.out.absolute()
     setting = SETTINGS[args.setting]
+    if not setting.screen and (given := [name for name in OF_A_MODEL if getattr(args, name.replace("-", "_"))]):
+        with_model = " or ".join(name for name, other in SETTINGS.items() if other.screen)
+        parser.error(
+            f"--{', --'.join(given)}: --setting {args.setting} has a built-in model; leave them out, or give --setting "
+            f"{with_model}"
+        )
     args.jobs = args.jobs or setting.jobs
     args.screen = setting.screen if args.screen is None else args.screen
     args.held_out = setting.held_out if args.held_out is None else args.held_out

@@ -1,15 +1,14 @@
 """Which mesh to begin with, by model and slice: what lies on each chip before programs are compiled.
 
-    python benchmarks/meshes.py --config configs/tpu_v5p.py --models deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \
+    python benchmarks/meshes.py --config configs/tpu_v5p.py --models deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \\
         --slices v5p:2x2x1,v5p:2x2x2,v6e:4x4
 
 The figures are those that `python -m igrpo_jax.aot` prints first: training state, weights to sample with and cache,
 with --slots slots per chip. They take seconds, because nothing is compiled. Of the values 1, 2, 4 and 8 of mesh.tensor
 the smallest is named with which they take at most --most of HBM, else the one with which they take least. mesh.data is
-1, and mesh.fsdp takes the other chips. After the stroke stands how many chips share weights to sample with, as the run
-chooses it. It prints a Markdown table for docs/scaling.md, and one JSON object as the last
-line with all values. What programs and their code need comes on top: only aot, which compiles them, says whether a run
-fits.
+1, and mesh.fsdp takes the other chips. The number after the slash is how many chips share weights to sample with, as
+the run chooses it. It prints a Markdown table for docs/scaling.md, and one JSON object as the last line with all
+values. What programs and their code need comes on top: only aot, which compiles them, says whether a run fits.
 """
 
 import argparse

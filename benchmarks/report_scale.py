@@ -4,10 +4,10 @@
 
 It makes up a run with the writer that training uses, by default 1,000 steps of 16 prompts with 4 drafts and 4
 refinements each, which are 128,000 samples of about 1,200 characters. Then the command runs in its own process. The
-last
-line is one JSON object: `seconds` of the command, imports included; `peak_mib`, its largest resident memory; `samples`,
-their number; `input_mib` and `output_mib`, the sizes of the samples and of the report; `open_seconds`, the time from
-asking a headless Chromium for the page of samples until it shows its first step (null where there is no Chromium).
+last line is one JSON object: `seconds` of the command, imports included; `peak_mib`, its largest resident memory;
+`samples`, their number; `input_mib` and `output_mib`, the sizes of the samples and of the report; `open_seconds`, the
+time from asking a headless Chromium for the page of samples until it shows its first step (null where there is no
+Chromium).
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 Prompts are random tokens; completions have prescribed lengths (no EOS), drawn at temperature 1.0. Fixed: all of
 --new-tokens. Lognormal: mean --mean-length, sigma 1, at most --new-tokens, one set for each of the seeds 0..--seeds-1.
-Peers run in processes of their own, one after the other. The last line is one JSON object:
+Peers draw fixed lengths alone, in processes of their own, one after the other. The last line is one JSON object:
 
     tokens_per_second     completion tokens over seconds of the whole rollout (prefill included), median over --steps
                           after one that does not count
@@ -60,7 +60,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--products", action="store_true", help="also time the products of a decode step alone")
     parser.add_argument("--peers", nargs="*", choices=("generate", "static"), default=[], help="to run beside it")
     parser.add_argument("--peer", choices=("generate", "static"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.peers and args.lengths != "fixed":
+        parser.error(f"--peers {' '.join(args.peers)}: draw equally many tokens of every sample; leave out --lengths")
+    return args
 
 
 class Bench:

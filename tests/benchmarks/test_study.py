@@ -338,6 +338,15 @@ def test_each_setting_has_its_own_defaults(tmp_path, monkeypatch):
         parse(monkeypatch, "--out", str(tmp_path), "--setting", "lookups", "--groups", "main")
 
 
+def test_a_model_that_would_not_be_trained_is_refused(tmp_path, monkeypatch, capsys):
+    """Without --setting smollm2 the study would be that of the arithmetic model, an hour of runs with another model."""
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--out", str(tmp_path), "--model", "m", "--data", "d", "--held-out", "8")
+    message = capsys.readouterr().err
+    assert "--model, --data, --held-out: --setting arithmetic has a built-in model" in message
+    assert "give --setting smollm2 or qwen05" in message
+
+
 def test_minutes_that_leave_no_time_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--out", str(tmp_path), "--minutes", "0.2")
@@ -367,7 +376,8 @@ def test_a_report_alone_makes_nothing(tmp_path, monkeypatch, capsys, setting):
     monkeypatch.setattr(study_settings.Study, "finished", lambda *_: True)
     monkeypatch.setattr(study_runs, "figures", lambda folder, *_: study_runs.computed_figures(folder, "x"))
     write_run(tmp_path / "runs" / "igrpo" / "seed_0")
-    flags = ["--out", str(tmp_path), "--setting", setting, "--model", "m", "--data", str(tmp_path), "--report-only"]
+    flags = ["--out", str(tmp_path), "--setting", setting, "--report-only"]
+    flags += ["--model", "m", "--data", str(tmp_path)] if setting == "qwen05" else []
     monkeypatch.setattr(sys, "argv", ["matched_budget.py", *flags])
     assert matched_budget.main() == 0
     assert json.loads(capsys.readouterr().out)["arms"]["igrpo"]["seeds"] == 1
