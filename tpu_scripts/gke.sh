@@ -6,12 +6,12 @@
 #       --image IMAGE --run RUN -- --config configs/tpu_v5p.py --config.steps=100
 #
 # The cluster needs JobSet (jobset.sigs.k8s.io). The image needs a checkout of this repository in its working directory,
-# and `pip install -e '.[tpu,gs]'`. --account may write to the bucket, by Workload Identity. Where a pod ends, as after a
-# preemption, JobSet starts all of them again, and the run resumes. The same command starts a run again that has ended, and
-# leaves one under way as it is. A node pool of this name is used where it has the machine, the topology and the --spot of
-# the command. `kubectl logs` shows a pod's output. To end it: `kubectl delete jobset RUN`, then `gcloud
-# container node-pools delete NAME`. A secret is made of a file of NAME=value lines by `kubectl create secret generic SECRET
-# --from-env-file FILE`, which takes quotes as a part of the value.
+# and `pip install -e '.[tpu,gs]'`, with `wandb` and other extras that the run needs. --account may write to the bucket,
+# by Workload Identity. Where a pod ends, as after a preemption, JobSet starts all of them again, and the run resumes. The
+# same command starts a run again that has ended, and leaves one under way as it is. A node pool of this name is used
+# where it has the machine, the topology and the --spot of the command. `kubectl logs` shows a pod's output. To end it:
+# `kubectl delete jobset RUN`, then `gcloud container node-pools delete NAME`. A secret is made of a file of NAME=value
+# lines by `kubectl create secret generic SECRET --from-env-file FILE`, which takes quotes as a part of the value.
 #
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
