@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_models
 
@@ -53,3 +54,62 @@ def test_ranges(mask):
         *(Q, KEYS, KEYS, RANGES, RANGES, STATS, Q, Q),
     )
     assert [x.shape for x in gradients] == [Q.shape, KEYS.shape, KEYS.shape]
+
+
+@pytest.fixture
+def bound(monkeypatch):
+    """What the kernels are called with: the arguments of each call, and its settings."""
+    calls = []
+
+    def bind(*arguments, **settings):
+        calls.append(([*map(np.asarray, arguments)], settings))
+        return [jnp.asarray(arguments[0])] * (2 if "is_training" in settings else 3)
+
+    for name in ("fwd", "bwd"):
+        kernel = f"_dot_product_attention_{name}_p_wrapper"
+        monkeypatch.setattr(cudnn.kernels, kernel, SimpleNamespace(bind=bind))
+    return calls
+
+
+def numbers(like, first):
+    """An array of a shape and dtype with a number for each entry, counted from `first`."""
+    return (first + np.arange(np.prod(like.shape))).reshape(like.shape).astype(like.dtype)
+
+
+def check_settings(settings, mask):
+    assert settings["scale"] == H**-0.5 and settings["mask_type"] == mask and settings["dropout_rate"] == 0
+    assert settings["layout"] == cudnn.kernels.AttentionLayout.BTNH.value
+    assert settings["sliding_window_length"] is None and not any(settings["variadic_args"])
+
+
+def test_what_the_kernel_for_pages_gets(bound):
+    """One query of each row, and as many keys as the row has positions."""
+    q, pages = numbers(array(5, N, H), 0), numbers(array(9, 16, K, H), 0)
+    k_table, v_table = (numbers(array(5, 3, dtype=jnp.int32), first) for first in (100, 200))
+    length = np.arange(1, 6, dtype=np.int32)
+    cudnn.read_pages(q, pages, k_table, v_table, length)
+    ((arguments, settings),) = bound
+    none = np.zeros(0)
+    wide = [table[:, None, :, None] for table in (k_table, v_table)]
+    expected = [q[:, None], pages, pages, none, np.ones(5), length, none, none, *wide]
+    for one, other in zip(arguments, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    check_settings(settings, cudnn.MaskType.PADDING)
+    assert not settings["is_training"]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_the_kernels_for_ranges_get(bound, mask):
+    """Lengths and then starts, of queries and then of keys; the gradient also gets the statistics that it is given."""
+    q, k, v = (numbers(like, first) for first, like in enumerate((Q, KEYS, KEYS)))
+    queries, keys = (Ranges(*(numbers(x, first) for x in RANGES)) for first in (0, 50))
+    stats, out, gradient = (numbers(like, first) for first, like in enumerate((STATS, Q, Q), 3))
+    cudnn.read_ranges(q, k, v, queries, keys, mask)
+    cudnn.read_ranges_gradient(q, k, v, queries, keys, mask, stats, out, gradient)
+    none, ranges = np.zeros(0), (queries.length, keys.length, queries.start, keys.start)
+    expected = [[q, k, v, none, *ranges, none, none], [q, k, v, none, *ranges, none, none, stats, out, gradient]]
+    for (arguments, settings), given in zip(bound, expected, strict=True):
+        for one, other in zip(arguments, given, strict=True):
+            np.testing.assert_array_equal(one, other)
+        check_settings(settings, mask)
+    assert bound[0][1]["is_training"]
