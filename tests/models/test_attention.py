@@ -85,6 +85,8 @@ def on(device):
         ("gpu gfx942", "auto", "bfloat16", 64, "chunked"),
         ("gpu", "auto", "float32", 64, "chunked"),
         ("gpu", "auto", "bfloat16", 12, "chunked"),
+        ("gpu", "auto", "bfloat16", 128, "cudnn"),
+        ("gpu", "auto", "bfloat16", 256, "chunked"),
         ("gpu", "xla", "bfloat16", 64, "xla"),
         ("cpu", "auto", "bfloat16", 64, "chunked"),
         ("cpu", "xla", "float32", 64, "xla"),
@@ -112,6 +114,19 @@ def test_a_request_that_cannot_be_met_is_refused(platform, requested, dtype, hea
     with pytest.raises(InputError) as error:
         attention.choose(requested, on(platform), dtype, head_dim)
     assert message in str(error.value) and "set it to auto" in str(error.value)
+
+
+@pytest.mark.parametrize("name", attention.PACKED)
+def test_a_packed_sequence_that_is_too_long_is_refused(name):
+    """A TPU's kernel takes 65,536 tokens, and the others any number."""
+    attention.check_tokens(name, 65536, "config.learner.tokens_per_microbatch = 9")
+    if not name.startswith("splash"):
+        return attention.check_tokens(name, 65537, "config.learner.tokens_per_microbatch = 9")
+    message = (
+        "config.learner.tokens_per_microbatch = 9: needs a packed sequence of 65,537 tokens.* at most 65,536; lower"
+    )
+    with pytest.raises(InputError, match=message):
+        attention.check_tokens(name, 65537, "config.learner.tokens_per_microbatch = 9")
 
 
 def logits_and_grads(cfg, params):

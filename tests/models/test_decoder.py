@@ -239,6 +239,22 @@ def test_logits_are_float32_also_in_bfloat16(params, full):
     assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
+def test_no_product_of_logits_is_rounded_to_bfloat16(params):
+    """Of few rows on each platform, of many rows, and with a head of its own."""
+    rows = jax.random.normal(jax.random.key(2), (3 * decoder.FEW_ROWS, TINY.hidden_size)).astype(jnp.bfloat16)
+    embedding = params["embedding"].astype(jnp.bfloat16)
+    weights = {"embedding": embedding, "lm_head": embedding.T}
+    exact = np.asarray(rows, np.float64) @ np.asarray(embedding, np.float64).T
+    for product in (
+        lambda rows: decoder._logits_embedding_first(rows, embedding),
+        lambda rows: decoder._logits_hidden_first(rows, embedding),
+        lambda rows: decoder.logits(TINY, weights, rows),
+        lambda rows: decoder.logits(dataclasses.replace(TINY, tie_embeddings=False), weights, rows),
+    ):
+        found = jax.jit(product, compiler_options={"xla_allow_excess_precision": False})(rows)
+        np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max(), rtol=0)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_of_few_rows_are_those_of_many(tied):
     cfg = dataclasses.replace(TINY, tie_embeddings=tied)

@@ -15,7 +15,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import attention
-from igrpo_jax.models.segments import ALL, KV_AXES, NOTHING, SOME, PrefixGroup, pack, starts
+from igrpo_jax.models.segments import ALL, KV_AXES, NOTHING, SOME, PrefixGroup, dense_mask, pack, starts
 
 
 def with_mask(q, k, v, segments):
@@ -91,7 +91,9 @@ def value_and_grads(attend, segments, arrays, weight):
         assert mixed.dtype == arrays[0].dtype and mixed.shape == arrays[0].shape
         return jnp.sum(mixed.astype(jnp.float32) * weight), mixed
 
-    (_, mixed), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays, segments, weight)
+    # Or XLA would leave out roundings that the program asks for.
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options={"xla_allow_excess_precision": False})
+    (_, mixed), grads = run(arrays, segments, weight)
     return [np.asarray(x, np.float32) for x in (mixed, *grads)]
 
 
@@ -117,11 +119,28 @@ def test_it_equals_each_segment_alone(name, case):
 
 @pytest.mark.parametrize("name", RUNS_HERE)
 def test_bfloat16(name):
-    segments, arrays, weight = inputs([RAGGED], 1, 2, dtype=jnp.bfloat16)
+    """Scores are float32: in bfloat16 the largest of these, of some hundreds, would be off by one."""
+    segments, arrays, weight = inputs([RAGGED], 1, 2, head_dim=16, dtype=jnp.bfloat16)  # scaled without rounding
+    arrays = (32 * arrays[0], *arrays[1:])
     found = value_and_grads(RUNS_HERE[name], segments, arrays, weight)
     found[0][segments.segment == 0] = 0
     for x, y in zip(found, alone([RAGGED], arrays, weight), strict=True):
         assert np.abs(x - y).max() <= 0.02 * np.abs(y).max()  # 8 bits: 0.004 each, over a few roundings
+
+
+@pytest.mark.parametrize("name", ["xla", "chunked"])
+def test_gradients_of_a_prefix_that_many_blocks_read_are_added_in_float32(name):
+    """In bfloat16 the sum over the first block would stay as it is, to which each of 15 others adds a 512th."""
+    shards, size = [[PrefixGroup(1, [1] * 1023)]], 1024
+    segments = pack(shards, size)
+    q, k, v = (np.zeros(shape, jnp.bfloat16) for shape in ((1, size, 1, 8), *[(1, 1, size, 8)] * 2))
+    q[:], v[:, :, -1] = 1, 1  # the prefix is the last token
+    weight = np.full(q.shape, 1 / 64, jnp.bfloat16)
+    weight[:, :64] = 8
+    arrays = q, k, v
+    found, expected = value_and_grads(RUNS_HERE[name], segments, arrays, weight), alone(shards, arrays, weight)
+    for x, y in zip(found[2:], expected[2:], strict=True):
+        np.testing.assert_allclose(x[:, :, -1], y[:, :, -1], rtol=0.01)
 
 
 @pytest.mark.parametrize("name", RUNS_HERE)
@@ -153,6 +172,17 @@ def test_a_completion_is_seen_by_itself_alone(name):
     other = np.setdiff1d(np.arange(178), changed)
     np.testing.assert_array_equal(after[:, other], before[:, other])
     assert (after[:, changed] != before[:, changed]).any(axis=(0, 2, 3)).all()
+
+
+def test_with_a_mask_every_token_reads_something(monkeypatch):
+    """Padding reads itself: cuDNN's softmax over nothing would not be finite."""
+    segments, arrays, _ = inputs([RAGGED, []], 1, 1)
+    masks = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, mask, implementation: masks.append(mask))
+    with_mask(*arrays, segments)
+    expected = dense_mask(segments) | ((segments.segment == 0)[..., None] & np.eye(SIZE, dtype=bool))
+    np.testing.assert_array_equal(masks[0][:, 0], expected)
+    assert masks[0].any(axis=-1).all()
 
 
 def test_a_prefix_is_seen_by_its_own_completions_alone():

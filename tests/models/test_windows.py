@@ -152,7 +152,7 @@ def test_decoded_tokens_read_their_window_and_what_was_added(dtype, lengths):
     window = in_blocks(((KV(jnp.asarray(held_k.swapaxes(2, 3)), jnp.asarray(held_v)),),))
     added = KV(jnp.full((3, 2, 8, steps), 40, dtype), jnp.full((3, 2, steps, 8), 40, dtype))
     for step in range(steps):
-        q, at = draw(size=(3, 1, 2 * groups, 8)).astype(dtype), lengths + step
+        q, at = (8 * draw(size=(3, 1, 2 * groups, 8))).astype(dtype), lengths + step  # scores of up to 100
         new_k, new_v = (x[np.arange(3), :, at][:, None] for x in (k, v))
         (entry,) = windows.entries(window, (added,), lengths, np.array([True] * 3), np.int32(step))
         needed = 1 if lengths.max() <= ENDS[0] else 2
