@@ -81,6 +81,39 @@ def test_a_decode_step_by_hand(tiny):
     assert costs.decode(3, 10) == Cost(3 * (2 * weights + attention), 4 * weights + logits + cache)
 
 
+def test_a_hybrid_by_hand(hybrid):
+    """Two sublayers of Mamba-2, one of attention and an MLP without a gate, each product with what goes in and out."""
+    costs = ModelCosts(hybrid[0], "float32", 1)
+    mamba = 32 * (3 * 32 + 2 * 16 + 4)  # x, z and o; B and C of two groups; dt
+    weights, head = 2 * mamba + (2 * 32 * 32 + 2 * 32 * 16) + 2 * 32 * 48, 32 * 64
+    numbers = 2 * (3 * 64 + 2 * 48 + 36) + (2 * 64 + 2 * 48) + 2 * 80
+    # In a chunk of 8 each token is weighed with 8 others, by B and C and for each channel, and it writes and reads the
+    # state of 8 numbers of each channel.
+    recurrence = 2 * 2 * (8 * (16 + 32) + 2 * 32 * 8)
+    state, position = 2 * (3 * (32 + 16 + 16) * 4 + 32 * 8 * 4), 2 * 2 * 8 * 4
+    assert (costs.state_bytes, costs.token_bytes) == (state, position)
+    flops = 64 * (2 * weights + recurrence) + 4 * 32 * 64**2 / 2 + 2 * head
+    assert costs.prefill(64) == Cost(flops, 4 * (weights + 64 * numbers + head) + 64 * position + state)
+    # A decode step multiplies and adds to each number of the state once, and once to what it reads, and 3 slots take
+    # their states in and out.
+    flops = 3 * (2 * (weights + head) + 4 * 32 * 10 + 2 * 4 * 32 * 8)
+    moved = 4 * (weights + head) + 3 * 4 * 3 * 64 + 3 * 10 * position + 2 * 3 * state
+    assert costs.decode(3, 10) == Cost(flops, moved)
+
+
+def test_a_token_waits_for_memory_or_products_and_for_reductions(tiny):
+    """4 devices, 4 sublayers with one reduction each, the embedding and the draw; 6 rows of 32 numbers are summed."""
+    chip, alone = CHIPS["TPU v5"], ModelCosts(tiny[0], "float32", 1)
+    cost = alone.decode(6, 10)
+    assert alone.decode_seconds(chip, 6, 10) == cost.bytes / chip.bandwidth > cost.flops / chip.flops
+    slow = dataclasses.replace(chip, flops=1e6)
+    assert alone.decode_seconds(slow, 6, 10) == cost.flops / 1e6
+    four = ModelCosts(tiny[0], "float32", 4)
+    summed = 2 * 3 / 4 * 6 * 32 * 4  # bytes of an all-reduce: of each of the others a quarter, and then their sums
+    waits = (4 + 1 + 2) * 8e-6 + (4 + 1) * summed / chip.links
+    assert four.decode_seconds(chip, 6, 10) == pytest.approx(four.decode(6, 10).bytes / chip.bandwidth + waits)
+
+
 def test_devices_that_split_sequences_read_a_part_of_the_cache_and_exchange_query_heads(tiny):
     """4 devices with a kv head and a query head of 8 each, in pairs; 6 rows read 10 positions in 2 layers."""
     cfg, chip = dataclasses.replace(tiny[0], num_kv_heads=4), CHIPS["TPU v5"]
@@ -114,6 +147,22 @@ def test_an_update_is_forward_and_backward_and_with_remat_forward_again(tiny):
     forward = costs.rescore(size).flops - head
     for remat, passes, heads in (("none", 3, 3), ("logits", 3, 4), ("dots", 3, 4), ("full", 4, 4)):
         assert costs.accumulate(size, remat).flops == pytest.approx(passes * forward + heads * head)
+
+
+def test_bytes_of_an_update_by_hand(tiny):
+    """The head in two chunks of 48 positions: it is read for each, and its gradient is added to for each."""
+    costs, every = training(tiny[0], learner__logprob_chunk=48), tiny[0].num_params
+    weights, head = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), 32 * 64
+    numbers = 2 * (2 * 64 + 2 * 48 + 3 * 80)
+    forward = 4 * (weights + TOKENS * numbers)
+    logits = 2 * 4 * head + 8 * 64 * 96
+    assert costs.rescore(TOKENS).bytes == forward + logits
+    added = 8 * (weights + every) + 2 * 8 * head
+    assert costs.accumulate(TOKENS, "none").bytes == 3 * (forward + logits) + added
+    assert costs.accumulate(TOKENS, "full").bytes == 4 * (forward + logits) + added
+    # Of a quarter of a micro-batch the positions fill no chunk, but the head is read once.
+    assert costs.rescore(TOKENS / 4).bytes == 4 * (weights + TOKENS / 4 * numbers) + 4 * head + 8 * 64 * 24
+    assert costs.apply(100) == Cost(15 * every, 12 * every + 200)
 
 
 def test_a_micro_batch_is_as_many_units_as_its_tokens_make(tiny):
@@ -198,6 +247,8 @@ def test_muon_multiplies_its_matrices(hybrid):
             small, large = sorted((np.prod(shape[:cut]), np.prod(shape[cut:])))
             expected += 5 * (2 * 2 * small * small * large + 2 * small**3)
     assert muon.apply(0).flops - training(hybrid[0]).apply(0).flops == expected > 0
+    four = sharding.make_mesh(config.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    assert TrainingCosts(config.freeze(tree), hybrid[0], four, UNIT).apply(0).flops == muon.apply(0).flops / 4
 
 
 def test_lora_moves_less_in_the_optimizer(tiny):
