@@ -6,6 +6,7 @@ cannot fit again.
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from igrpo_jax import config
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.aot import building, footprint
-from igrpo_jax.aot.collectives import collectives
+from igrpo_jax.aot.collectives import Traffic, collectives
 from igrpo_jax.aot.progress import Progress
 from igrpo_jax.distributed import sharding, teams
-from igrpo_jax.distributed.programs import tree_bytes
+from igrpo_jax.distributed.chips import Chip
+from igrpo_jax.distributed.programs import Cost, Program, tree_bytes
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder
 from igrpo_jax.sampling import page_count
+from igrpo_jax.sampling.row_sync import SyncProgram
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
 pytestmark = pytest.mark.usefixtures("environment")
@@ -222,6 +225,78 @@ def test_a_cache_that_is_too_large(file, monkeypatch, capsys):
     assert not json.loads(said[-1])["fits"]
     assert any(line.startswith("does not fit: empty") for line in said)
     assert any("rollout.pages = 1048576: " in line for line in said)
+
+
+def hand_made(**fields):
+    """A footprint whose programs and costs are few numbers: a call of each takes some FLOPs, or bytes over links."""
+    settings = {"prompts_per_step": 6, "rollout.max_completion_length": 64, "algorithm.num_generations": 4}
+    settings |= {"algorithm.num_iterations": 2, "algorithm.beta": 0.1}
+    made = lambda name, flops: Program(name, None, None, None, cost=lambda *shape: Cost(sum(shape, flops), 0))
+    programs = {name: made(name, flops) for name, flops in (("accumulate", 0), ("rescore", 44), ("apply", 700))}
+    weights, prefill, decode = (made(name, 0) for name in ("weights", "prefill", "decode"))
+    shapes = SimpleNamespace(largest=256, shards=4, completions_per_unit=4)
+    costs = SimpleNamespace(
+        prefill=lambda context: Cost(0, context),
+        decode=lambda rows, read: Cost(1000 * rows + read, 0),
+        decode_seconds=lambda chip, rows, read: 12.0,
+    )
+    received = {weights: 5.0, programs["apply"]: 90.0, prefill: 7.0}
+    parts = [footprint.ProgramFootprint(one, one.name, Cost(0, 0), 0) for one in (*programs.values(), weights, prefill)]
+    for part in parts:
+        part.sent = {"all-gather": Traffic(1, received.get(part.program, 0)), "all-reduce over DCN": Traffic(1, 7.0)}
+    sizes = SimpleNamespace(page_size=16, parts=1, pages=13)
+    return footprint.Footprint(
+        config=whole_runs.settings(**settings | fields),
+        chip=Chip("a chip", hbm_bytes=1e3, flops=100, bandwidth=10, links=2),
+        mesh=None,
+        cfg=None,
+        learner=SimpleNamespace(**programs, packer=SimpleNamespace(shapes=shapes)),
+        engine=SimpleNamespace(groups=4, sizes=sizes, shard_slots=8),
+        sampler=SimpleNamespace(costs=costs, prefill=prefill, decode=decode, chunks=[16, 48]),
+        syncs=[SyncProgram(weights, calls=3, held=0)],
+        longest_prompt=100,
+        programs=parts,
+    )
+
+
+def test_the_least_time_of_a_step_by_hand():
+    """6 prompts of 32 tokens, and of 100 with drafts; on each of 4 shards 2 of them, 13 pages of 16 tokens, 8 slots."""
+    made = hand_made()
+    # A draft holds half a prompt and itself, so that 2 of 3 are decoded at once, twice 64 tokens; of 6 refinements 1,
+    # which holds a quarter of a prompt, 6 pages and a half, and the page that is its own.
+    assert made.step() == {
+        "weights": (3 * 5 / 2, "links"),
+        "prefill of drafts": (7 * 2 / 2, "links"),  # in two chunks of 48 tokens
+        "decoding of drafts": (2 * 64 * (2000 + 32 + 32) / 100, "compute"),
+        "prefill of refinements": (2 * 100 / 10, "memory"),
+        "decoding of refinements": (6 * 64 * 12, "compute"),  # with the reductions; work alone takes 11.3 s a token
+        # 6 units of a prefix of 99 tokens and 4 completions of 64 in packed sequences of 4 x 256 tokens, twice.
+        "gradients": (2 * 3 * 256 / 100, "compute"),
+        # Of the policy before the update, which makes four steps, and of the reference.
+        "log-probs": (2 * 3 * (256 + 44) / 100, "compute"),
+        "optimizer": (4 * 90 / 2, "links"),
+    }
+    assert made.over_dcn == 7 * (3 + 6 + 6 + 4)
+    # At a quarter of the lengths 4 of 6 are decoded at once, and the others as soon as one of them ends.
+    assert made.step(0.25)["decoding of refinements"][0] == pytest.approx(6 / 4 * 16 * (4000 + 49 + 8) / 100)
+    alone = hand_made(**{"algorithm.num_iterations": 1, "learner.minibatches": 1, "algorithm.beta": 0.0})
+    assert "log-probs" not in alone.step() and alone.over_dcn == 7 * (3 + 3 + 1)
+
+
+def test_what_is_used_at_the_fullest():
+    """A program of two shapes has its machine code twice, each as large as the largest that was compiled."""
+    made = hand_made()
+    apply = made.programs[2]
+    apply.program.shapes = [(1,), (2,)]
+    apply.code, apply.beside, apply.arguments, apply.temporaries, apply.output = 30, 100, 200, 400, 240
+    assert made.fullest is apply and apply.total == 940 and made.code == 60
+    assert made.fits and made.used_fraction == 1
+    apply.code += 1
+    assert not made.fits
+    made.programs.append(dataclasses.replace(apply, code=5))
+    assert made.code == 62
+    made.programs[0].refused = "too much"
+    assert made.fullest is made.programs[0]
 
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v5p:4x4x4", "v5e:2x4"])
