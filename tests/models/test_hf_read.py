@@ -21,7 +21,7 @@ from tiny_models import one_device, tiny_config
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import decoder, hf_files, hf_paths, hf_read, hf_tables, hf_tensors, hf_write
-from igrpo_jax.models.config import RopeScaling
+from igrpo_jax.models.config import RopeScaling, from_hf
 from igrpo_jax.models.policy import open_policy
 
 ROOT = Path(__file__).parents[2]
@@ -350,6 +350,17 @@ def test_zeros_whole_floats_and_flags_of_0_and_1_are_read(copy, changes, without
     edit_json(copy / "config.json", vocab_size=BASE["vocab_size"], tie_word_embeddings=without)
     assert read == hf_files.load_config(str(copy))
     assert type(read.vocab_size) is int and type(read.tie_embeddings) is bool
+
+
+def test_what_older_files_leave_out_is_as_in_transformers():
+    """Those of the first Llamas name neither the base of rope nor key and value heads."""
+    raw = {"model_type": "llama", "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "rms_norm_eps": 1e-6}
+    raw |= {"num_attention_heads": 6, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    expected = transformers.AutoConfig.for_model(**raw)
+    read = from_hf(raw, "config.json")
+    assert read.rope_theta == expected.rope_parameters["rope_theta"] and read.rope_scaling is None
+    assert (read.num_kv_heads, read.head_dim) == (expected.num_key_value_heads, expected.head_dim) == (6, 8)
+    assert read.tie_embeddings is expected.tie_word_embeddings is False
 
 
 def test_a_part_of_the_head_that_is_null_is_not_named(copy):
