@@ -428,6 +428,17 @@ def test_a_hub_id_becomes_its_snapshot_of_the_files_at_its_top(monkeypatch, save
     assert taken == files[:4]
 
 
+def test_of_a_bucket_the_files_at_its_top_are_wanted(monkeypatch, tmp_path):
+    """Not those of checkpoints in it, nor weights in another format."""
+    asked = []
+    monkeypatch.setattr(hf_paths.reading, "local", lambda *given: asked.append(given) or tmp_path)
+    assert hf_paths.resolve("gs://bucket/a model") == tmp_path
+    ((setting, address, wanted),) = asked
+    assert (setting, address) == ("config.model.path = 'gs://bucket/a model'", "gs://bucket/a model")
+    assert all(map(wanted, ["config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja"]))
+    assert not any(map(wanted, ["checkpoint-5/model.safetensors", "pytorch_model.bin", "onnx/config.json"]))
+
+
 def test_no_weights(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     assert "only weights in the safetensors format" in load_error(copy)
@@ -508,12 +519,31 @@ def test_a_fast_tokenizer_and_its_stops(copy):
         (CHATML.replace("im_end", "eot_id"), WORDS[:6], (1, 4, 5)),
         (CHATML, WORDS[:3], (1, 5)),  # <|im_end|> is no special token here: a model may write it in its answer
         (CHATML.replace("<|im_end|>", ""), WORDS[:6], (1, 5)),
+        ("Give an answer<|eot_id|>" + CHATML, WORDS[:6], (1, 3, 5)),  # of the turn, not of other words before it
     ],
 )
 def test_the_end_of_turn_is_the_special_token_after_an_answer(copy, template, special, found):
     (copy / "generation_config.json").unlink()
     save_tokenizer(copy, template, special)
     assert hf_files.eos_ids(str(copy), hf_files.load_tokenizer(str(copy))) == found
+
+
+OLDER = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def test_a_fingerprint_tells_a_tokenizer_from_another(tmp_path):
+    """Every file that decides ids counts, with its name; beside a tokenizer.json no other one is read or counts."""
+    changed = lambda name, text: (tmp_path / name).write_text(text) and hf_files.tokenizer_fingerprint(str(tmp_path))
+    before = [changed(name, "a") for name in OLDER][-1]
+    assert hf_files.tokenizer_fingerprint(str(tmp_path)) == before == changed("README.md", "b")
+    found = [before]
+    for name in OLDER:
+        found.append(changed(name, "b"))
+        assert changed(name, "a") == before
+    (tmp_path / "vocab.txt").rename(tmp_path / "tekken.json")
+    found += [hf_files.tokenizer_fingerprint(str(tmp_path)), changed("tokenizer.json", "a")]
+    assert all(changed(name, "b") == found[-1] for name in OLDER)
+    assert len({*found, changed("tokenizer.json", "b")}) == len(found) + 1
 
 
 def test_tokenizers_that_can_not_be_used(copy):
