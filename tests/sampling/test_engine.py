@@ -20,7 +20,7 @@ from igrpo_jax.distributed.programs import Program, compilations
 from igrpo_jax.errors import InputError
 from igrpo_jax.models import decoder, hf_files, hf_read, paged
 from igrpo_jax.models.windows import block_ends
-from igrpo_jax.sampling import configured, page_count, shapes
+from igrpo_jax.sampling import configured, decoding, page_count, shapes
 from igrpo_jax.sampling import programs as sampler_programs
 from igrpo_jax.sampling.configured import make_programs
 from igrpo_jax.sampling.draw import draw
@@ -272,6 +272,58 @@ def test_windows_lie_where_those_of_the_last_dispatch_lay(engine, params, reques
     memory = program.memory_analysis()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(windows))
     assert memory.alias_size_in_bytes == engine.state_bytes + held > memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    ("taken", "active", "least", "goes_on"),
+    [(0, [1, 1, 0], 2, True), (3, [1, 0, 0], 1, True), (4, [1, 1, 1], 1, False), (0, [1, 0, 0], 2, False),
+     (0, [0, 0, 0], 0, False)],
+)  # fmt: skip
+def test_how_long_a_dispatch_goes_on(taken, active, least, goes_on):
+    """Up to 4 steps, while enough rows are active; of a shard without samples none, although it needs none."""
+    condition = decoding._condition(one_device(), jnp.int32(least), 4)
+    assert condition(jnp.int32(taken), jnp.array(active, bool)) == goes_on
+
+
+def test_what_programs_cost_and_need(tiny):
+    """A call of decode takes all steps of a dispatch, in the rows of all parts. Weights wait while samples begin."""
+    sizes = {"slots": 2, "longest_prompt": 8, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    programs = make_engine(tiny[0], one_device(), EOS, **sizes).programs
+    programs = programs.resized(dataclasses.replace(programs.sizes, parts=2))
+    assert programs.decode.cost(2, 16) == programs.costs.decode(4, 16) * 4
+    fields = {name: SimpleNamespace(peak_bytes=peak) for name, peak in (("decode", 5), ("prefill", 6), ("fork", 4))}
+    predicted = sampler_programs.SamplerPrograms.predicted_bytes.fget
+    assert predicted(SimpleNamespace(**fields, weight_bytes=3)) == 7
+    assert predicted(SimpleNamespace(**fields, weight_bytes=1)) == 6
+
+
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_a_slot_without_a_sample_draws_nothing(tiny, attention, monkeypatch):
+    """Of a sample that was put back the slot is still active, and its page is another's: the table names page 0."""
+    monkeypatch.setitem(paged.PAGED, "cudnn", functools.partial(paged.cudnn_paged_attention, implementation="xla"))
+    sizes = {"slots": 2, "longest_prompt": 8, "max_completion": 8, "dtype": "float32", "steps_per_dispatch": 4}
+    engine = make_engine(dataclasses.replace(tiny[0], attention=attention), one_device(), (), **sizes)
+    decode, both = engine.programs.decode, np.ones(2, np.int32)
+    shape = decode.shapes[-1]
+    empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    state = empty(engine.programs.state)._replace(active=both > 0, length=3 * both, count=both, limit=8 * both)
+    rows = empty(decode._arguments(*shape)[3])
+    rows = rows._replace(
+        slot=np.array([[0, 1]], np.int32),
+        runs=np.array([[True, False]]),
+        table=rows.table.at[0, 0].set(1),
+        min_active=np.array([1], np.int32),
+        stale_count=np.array([1], np.int32),
+    )
+    weights = engine.weights(put(tiny[1], engine.mesh))
+    arguments = weights, state, empty(engine.programs.windows(*shape)), rows, sampler_programs.traced(Sampling(1.0))
+    with jax.set_mesh(engine.mesh):
+        after, _, status = decode(*arguments, shape=shape)
+    assert status.count.tolist() == [5, 1] and status.steps.tolist() == [4]
+    assert after.out[0, 1:5].any() and not after.out[1].any()
+    for pool in filter(None.__ne__, after.cache):
+        written = np.abs(pool).max(axis=tuple(range(1, pool.ndim)))
+        assert written[1] > 0 and not np.delete(written, 1).any()
 
 
 @pytest.mark.proof
