@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from igrpo_jax import config
 from igrpo_jax.aot import slices
 from igrpo_jax.distributed import sharding, teams
+from igrpo_jax.errors import InputError
 
 pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
 pytestmark = pytest.mark.usefixtures("environment")
@@ -42,6 +43,17 @@ def test_chips_that_fill_no_box_stay_as_they_are():
     mesh = sharding.make_mesh(config.MeshConfig(), slices.topology("v5e:2x2"))
     some = jax.sharding.Mesh(mesh.devices.reshape(-1)[:3].reshape(3, 1, 1), mesh.axis_names)
     assert slices.alone(some) is some
+
+
+@pytest.mark.parametrize(
+    ("largest", "larger"),
+    [("v5e:16x16", "v5e:16x20"), ("v6e:16x16", "v6e:16x20"), ("v4:16x16x16", "v4:16x16x20"),
+     ("v5p:16x20x28", "v5p:16x24x24")],
+)  # fmt: skip
+def test_the_largest_slices(largest, larger):
+    slices.check(largest)
+    with pytest.raises(InputError, match=f"--topology {larger}: .* has at most"):
+        slices.check(larger)
 
 
 def test_nothing_is_read_from_a_cache_of_programs(tmp_path, monkeypatch):
