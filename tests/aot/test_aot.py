@@ -234,7 +234,7 @@ def hand_made(**fields):
     made = lambda name, flops: Program(name, None, None, None, cost=lambda *shape: Cost(sum(shape, flops), 0))
     programs = {name: made(name, flops) for name, flops in (("accumulate", 0), ("rescore", 44), ("apply", 700))}
     weights, prefill, decode = (made(name, 0) for name in ("weights", "prefill", "decode"))
-    shapes = SimpleNamespace(largest=256, shards=4, completions_per_unit=4)
+    shapes = SimpleNamespace(largest=355, shards=3, completions_per_unit=4)
     costs = SimpleNamespace(
         prefill=lambda context: Cost(0, context),
         decode=lambda rows, read: Cost(1000 * rows + read, 0),
@@ -270,17 +270,17 @@ def test_the_least_time_of_a_step_by_hand():
         "decoding of drafts": (2 * 64 * (2000 + 32 + 32) / 100, "compute"),
         "prefill of refinements": (2 * 100 / 10, "memory"),
         "decoding of refinements": (6 * 64 * 12, "compute"),  # with the reductions; work alone takes 11.3 s a token
-        # 6 units of a prefix of 99 tokens and 4 completions of 64 in packed sequences of 4 x 256 tokens, twice.
-        "gradients": (2 * 3 * 256 / 100, "compute"),
+        # 6 units of a prefix of 99 tokens and 4 completions of 64 fill packed sequences of 3 x 355 tokens twice.
+        "gradients": (2 * 2 * 355 / 100, "compute"),
         # Of the policy before the update, which makes four steps, and of the reference.
-        "log-probs": (2 * 3 * (256 + 44) / 100, "compute"),
+        "log-probs": (2 * 2 * (355 + 44) / 100, "compute"),
         "optimizer": (4 * 90 / 2, "links"),
     }
-    assert made.over_dcn == 7 * (3 + 6 + 6 + 4)
+    assert made.over_dcn == 7 * (3 + 4 + 4 + 4)
     # At a quarter of the lengths 4 of 6 are decoded at once, and the others as soon as one of them ends.
     assert made.step(0.25)["decoding of refinements"][0] == pytest.approx(6 / 4 * 16 * (4000 + 49 + 8) / 100)
     alone = hand_made(**{"algorithm.num_iterations": 1, "learner.minibatches": 1, "algorithm.beta": 0.0})
-    assert "log-probs" not in alone.step() and alone.over_dcn == 7 * (3 + 3 + 1)
+    assert "log-probs" not in alone.step() and alone.over_dcn == 7 * (3 + 2 + 1)
 
 
 def test_what_is_used_at_the_fullest():
@@ -297,6 +297,15 @@ def test_what_is_used_at_the_fullest():
     assert made.code == 62
     made.programs[0].refused = "too much"
     assert made.fullest is made.programs[0]
+
+
+@pytest.mark.parametrize(("least", "said"), [(9, "at most about 9 (0.0 MiB each)"), (10, "fewer, or 0 for")])
+def test_how_many_pages_would_fit(least, said):
+    """Of 13 pages of 32 bytes 9, where 100 bytes are too many, if they hold one sequence."""
+    made = hand_made(**{"rollout.pages": 13})
+    made.programs[0].beside = 1100
+    made.sampler.costs.token_bytes, made.engine.sizes.least_pages, made.engine.tensor = 2, least, 1
+    assert aot._advise_rollout(made)[0].startswith(f"rollout.pages = 13: {said}")
 
 
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v5p:4x4x4", "v5e:2x4"])
