@@ -98,6 +98,24 @@ def test_how_many_take_part(groups, size):
     assert collectives(text, 8)["all-gather"].bytes == 32 * (size - 1) / size
 
 
+@pytest.mark.parametrize(
+    ("instruction", "kind", "received"),
+    [
+        ("f32[8]{0} reduce-scatter(%p)", "reduce-scatter", 3 * 32),  # from each of the others what it keeps
+        ("(f32[8]{0}, f32[32]{0}) all-gather-start(%p)", "all-gather", 3 * 32),
+        ("(f32[32]{0}, f32[8]{0}) reduce-scatter-start(%p)", "reduce-scatter", 3 * 32),
+        ("f32[32]{0} all-reduce-start(%p)", "all-reduce", 2 * 3 * 32),
+    ],
+)
+def test_what_one_of_four_devices_receives(instruction, kind, received):
+    """A start names its operands too, except that of a sum."""
+    text = (
+        f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %a = {instruction}, replica_groups=[1,4]<=[4], dimensions={{0}}\n}}"
+    )
+    found = collectives(text, 4)
+    assert found.keys() == {kind} and (found[kind].count, found[kind].bytes) == (1, pytest.approx(received))
+
+
 def test_a_real_program():
     """A gather before a loop of 6 trips with a sum in it."""
     mesh = sharding.make_mesh(config.MeshConfig(fsdp=4), jax.devices()[:4])
