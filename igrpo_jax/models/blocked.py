@@ -27,7 +27,7 @@ class Reading(NamedTuple):
     position: jax.Array  # [F] int32
     key_segment: jax.Array  # [E] int32
     key_position: jax.Array  # [E] int32
-    blocks: jax.Array  # [I, J], 0 if no query of block i reads a key of block j
+    blocks: jax.Array  # [I, J] bool, whether a query of block i reads a key of block j
 
 
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, reading: Reading) -> jax.Array:
@@ -63,15 +63,14 @@ class _Blocks(NamedTuple):
 
 def _by_block(reading: Reading) -> _Blocks:
     rows, columns = reading.blocks.shape
-    is_read = reading.blocks != 0
     return _Blocks(
         segment=reading.segment.reshape(rows, -1),
         parent=reading.parent.reshape(rows, -1),
         position=reading.position.reshape(rows, -1),
         key_segment=reading.key_segment.reshape(columns, -1),
         key_position=reading.key_position.reshape(columns, -1),
-        read=jnp.argsort(~is_read, axis=1, stable=True).astype(jnp.int32),
-        count=is_read.sum(axis=1, dtype=jnp.int32),
+        read=jnp.argsort(~reading.blocks, axis=1, stable=True).astype(jnp.int32),
+        count=reading.blocks.sum(axis=1, dtype=jnp.int32),
     )
 
 

@@ -22,7 +22,6 @@ import numpy as np
 # 128, and about that of blocks of 32. Kernels read several blocks as one.
 BLOCK = 64
 KV_AXES = ("batch", "kv_heads", "time", "head_dim")  # of the keys and values of packed sequences
-NOTHING, SOME, ALL = 0, 1, 2  # what a block of queries reads of a block of keys
 # cuDNN's gradient takes two float32 copies of all queries for each segment; this many bytes at most.
 SPANS_BYTES = 6 << 30
 SHORTEST = 16  # tokens: the shortest mean length of segments that the spans of a full one have space for
@@ -60,7 +59,7 @@ class Segments(NamedTuple):
     segment: np.ndarray  # [S, F] int32, number of each token's segment from 1; 0 = padding
     parent: np.ndarray  # [S, F] int32, the prefix that the segment continues; that of a prefix is itself
     position: np.ndarray  # [S, F] int32, of each token in its text, the prefix included
-    blocks: np.ndarray  # [S, I, J] int8, what queries of block i read of the keys of block j: NOTHING, SOME or ALL
+    blocks: np.ndarray  # [S, I, J] bool, whether a query of block i reads a key of block j
     chain: Chain | None  # None if the model has no Mamba-2 sublayer
     spans: Spans | None = None  # None where attention does not read them
 
@@ -121,7 +120,7 @@ def starts(groups: Sequence[PrefixGroup]) -> list[tuple[int, list[int]]]:
 
 def _pack_shard(groups: Sequence[PrefixGroup], size: int, chunk: int | None, most: int | None) -> Segments:
     segment, parent, position = (np.zeros(size, np.int32) for _ in range(3))
-    blocks = np.zeros((size // BLOCK, size // BLOCK), np.int8)
+    blocks = np.zeros((size // BLOCK, size // BLOCK), bool)
     number = 0
     for group, (prefix_start, completion_starts) in zip(groups, starts(groups), strict=True):
         prefix = slice(prefix_start, prefix_start + group.prefix)
@@ -168,26 +167,15 @@ def _touched(part: slice) -> slice:
     return slice(part.start // BLOCK, -(-part.stop // BLOCK) if part.stop > part.start else part.start // BLOCK)
 
 
-def _filled(part: slice) -> slice:
-    """Returns the blocks all of whose tokens belong to `part`."""
-    return slice(-(-part.start // BLOCK), max(part.stop // BLOCK, -(-part.start // BLOCK)))
-
-
 def _mark(blocks: np.ndarray, queries: slice, keys: slice) -> None:
     """Notes in `blocks` that all `queries` read all `keys`."""
-    some = blocks[_touched(queries), _touched(keys)]
-    np.maximum(some, SOME, out=some)
-    blocks[_filled(queries), _filled(keys)] = ALL
+    blocks[_touched(queries), _touched(keys)] = True
 
 
 def _mark_causal(blocks: np.ndarray, own: slice) -> None:
     """Notes in `blocks` that each token of a segment reads those up to itself."""
-    touched, filled = _touched(own), _filled(own)
-    some = blocks[touched, touched]
-    np.maximum(some, SOME * np.tri(len(some), dtype=np.int8), out=some)
-    if filled.stop > filled.start + 1:
-        every = blocks[filled, filled]
-        every[np.tri(len(every), k=-1, dtype=bool)] = ALL
+    touched = blocks[_touched(own), _touched(own)]
+    touched |= np.tri(len(touched), dtype=bool)
 
 
 def _chain(groups: Sequence[PrefixGroup], size: int, chunk: int) -> Chain:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from igrpo_jax.models.segments import BLOCK, NOTHING
+from igrpo_jax.models.segments import BLOCK
 
 
 class Lengths(NamedTuple):
@@ -51,13 +51,12 @@ def visits(segment: jax.Array, parent: jax.Array, blocks: jax.Array, block: int)
 
     Args:
         segment, parent: [F] int32, of `segments.Segments`, padded to whole blocks of `block` tokens.
-        blocks: [F / BLOCK, F / BLOCK] int8, without that padding.
+        blocks: [F / BLOCK, F / BLOCK] bool, without that padding.
         block: tokens of a block here, a multiple of BLOCK.
     """
     count, parts = len(segment) // block, block // BLOCK
     missing = count * parts - len(blocks)
-    some = jnp.pad(blocks, ((0, missing), (0, missing)), constant_values=NOTHING) != NOTHING
-    some = some.reshape(count, parts, count, parts).any(axis=(1, 3))
+    some = jnp.pad(blocks, ((0, missing), (0, missing))).reshape(count, parts, count, parts).any(axis=(1, 3))
     has = lambda tokens: tokens.reshape(count, block).any(axis=1)
     prefix = some & has(segment != parent)[:, None] & has((segment > 0) & (segment == parent))
     return Visits(jnp.tril(some), prefix)

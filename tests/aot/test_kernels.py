@@ -29,7 +29,7 @@ def test_attention_of_a_packed_sequence_compiles():
     q = array((size, heads, head_dim), jnp.bfloat16, "batch", "time", "heads", "head_dim")
     k = array((kv_heads, size, head_dim), jnp.bfloat16, *KV_AXES)
     of_tokens = array((size,), jnp.int32, "batch", "time")
-    blocks = array((size // BLOCK, size // BLOCK), jnp.int8, "batch", None, None)
+    blocks = array((size // BLOCK, size // BLOCK), jnp.bool_, "batch", None, None)
     segments = Segments(of_tokens, of_tokens, of_tokens, blocks, None)
     loss = lambda q, k, v, segments: packed_splash_attention(q, k, v, segments).astype(jnp.float32).sum()
     with jax.set_mesh(mesh):

@@ -15,7 +15,7 @@ import pytest
 from igrpo_jax import config
 from igrpo_jax.distributed import sharding
 from igrpo_jax.models import attention
-from igrpo_jax.models.segments import ALL, KV_AXES, NOTHING, SOME, PrefixGroup, dense_mask, pack, starts
+from igrpo_jax.models.segments import KV_AXES, PrefixGroup, dense_mask, pack, starts
 
 
 def with_mask(q, k, v, segments):
@@ -203,14 +203,8 @@ def test_blocks_that_nothing_reads_are_skipped():
     A product with a masked weight of 0 would be NaN.
     """
     segments, (q, k, v), weight = inputs([FILLED], 1, 2)
-    # Completions, then prefixes. A block that holds a segment reads itself in part, and all of its prefix.
-    expected = [
-        [SOME, NOTHING, ALL, NOTHING],
-        [NOTHING, SOME, NOTHING, ALL],
-        [NOTHING, NOTHING, SOME, NOTHING],
-        [NOTHING, NOTHING, NOTHING, SOME],
-    ]
-    np.testing.assert_array_equal(segments.blocks[0], expected)
+    # Completions, then prefixes: a block reads itself, and that of its prefix.
+    np.testing.assert_array_equal(segments.blocks[0], np.eye(4) + np.eye(4, k=2))
     first, second = [np.r_[0:64, 128:192], np.r_[64:128, 192:256]]
     weight[:, second] = 0
     before = value_and_grads(attention.packed_chunked_attention, segments, (q, k, v), weight)
@@ -224,7 +218,7 @@ def test_blocks_that_nothing_reads_are_skipped():
 
 def test_later_blocks_of_a_segment_are_skipped():
     segments, (q, k, v), _ = inputs([[PrefixGroup(0, [SIZE])]], 1, 1)
-    np.testing.assert_array_equal(segments.blocks[0], np.tril(np.full((4, 4), ALL), -1) + np.eye(4) * SOME)
+    np.testing.assert_array_equal(segments.blocks[0], np.tri(4))
     before = np.asarray(attention.packed_chunked_attention(q, k, v, segments))
     k[:, :, 192:], v[:, :, 192:] = np.nan, np.nan
     after = np.asarray(attention.packed_chunked_attention(q, k, v, segments))

@@ -140,7 +140,7 @@ def test_an_order_that_needs_more_visits_gives_nan(small_blocks):
     """A prefix before its completion: its blocks are visited in both copies, which `pack` never needs."""
     segment, parent = np.full((1, 384), 1, np.int32), np.full((1, 384), 1, np.int32)
     segment[:, 300:] = 2
-    blocks = np.full((1, 384 // packed.BLOCK, 384 // packed.BLOCK), packed.SOME, np.int8)
+    blocks = np.ones((1, 384 // packed.BLOCK, 384 // packed.BLOCK), bool)
     segments = Segments(segment, parent, np.arange(384, dtype=np.int32)[None], blocks, None)
     arrays, _ = inputs(segments, 1, 1)
     assert np.isnan(attend(*arrays, segments)).all()
