@@ -5,7 +5,7 @@
 
 Prompts are random tokens; completions have prescribed lengths (no EOS), drawn at temperature 1.0. Fixed: all of
 --new-tokens. Lognormal: mean --mean-length, sigma 1, at most --new-tokens, one set for each of the seeds 0..--seeds-1.
-Peers draw fixed lengths alone, in processes of their own, one after the other. The last line is one JSON object:
+Peers draw fixed lengths only, in processes of their own, one after the other. The last line is one JSON object:
 
     tokens_per_second     completion tokens over seconds of the whole rollout (prefill included), median over --steps
                           after one that does not count

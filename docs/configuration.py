@@ -28,8 +28,8 @@ python -m igrpo_jax.main --config configs/tiny_cpu.py --config.algorithm.loss_ty
 ```
 
 A misspelt field is an error that names the nearest right one. A value that is not allowed is an error that names the
-field, the value and what to do; so is a combination of values that no run can use. Settings that have no effect without
-another, such as `model.lora.targets` without `model.lora.rank`, are named in the table that a run prints first.
+field, the value and what to do; so is a combination of values that no run can use. Many settings that have no effect
+without another, such as `model.lora.targets` without `model.lora.rank`, are named in the table that a run prints first.
 
 A run that is resumed keeps its settings. Only these may change, where the name of a section stands for all its fields:
 {changeable}.

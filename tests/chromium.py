@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, driven over its DevTools pipe; no library, no port.
+"""A headless Chromium for tests of pages, driven over its DevTools pipe.
 
 `browser()` finds Debian's or Google's browser, or else Qt's (the extra `pages`), or None. Messages are JSON ended by a
 NUL byte, written to the browser's file descriptor 3 and read from its 4 (--remote-debugging-pipe).
@@ -6,6 +6,7 @@ NUL byte, written to the browser's file descriptor 3 and read from its 4 (--remo
 
 import base64
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -35,12 +36,16 @@ os.execvp(sys.argv[3], sys.argv[3:])
 """
 
 
+@functools.cache
 def browser() -> list[str] | None:
     """Returns the command that starts a browser, without its arguments."""
     if path := next((path for path in map(shutil.which, NAMES) if path), None):
         return [path]
-    has_qt = all(map(importlib.util.find_spec, ("PySide6", "websockets")))
-    return [sys.executable, str(Path(__file__).with_name("qt_browser.py"))] if has_qt else None
+    qt = [sys.executable, str(Path(__file__).with_name("qt_browser.py"))]
+    if not all(map(importlib.util.find_spec, ("PySide6", "websockets"))):
+        return None
+    # It may lack its part with the browser, or a library of the system.
+    return qt if subprocess.run([*qt, "--check"], capture_output=True).returncode == 0 else None
 
 
 class Page:

@@ -23,6 +23,9 @@ from PySide6.QtWebEngineWidgets import QWebEngineView
 from PySide6.QtWidgets import QApplication
 from websockets.sync.client import connect
 
+if "--check" in sys.argv:  # everything is there
+    sys.exit()
+
 MADE = {"Target.createTarget": {"targetId": "page"}, "Target.attachToTarget": {"sessionId": "page"}}
 
 

@@ -56,6 +56,9 @@ def with_hybrid(settings, path):
     return replace(settings, model=replace(settings.model, path=str(path)))
 
 
+OF_TABLE = {"examples": [], "total_steps": 1, "notes": [], "policy": SimpleNamespace(cfg=SimpleNamespace(num_params=1))}
+
+
 def losses(workdir):
     return [row["sft/loss"] for row in map(json.loads, rows_until(workdir / "metrics.jsonl", 99))]
 
@@ -74,12 +77,10 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, 
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "3")
     # SFT evaluates nothing, and says so where it is asked to.
-    asked = replace(settings.evaluation, every=1, benchmarks=("arithmetic",), drafts=2)
+    asked = replace(settings.evaluation, every=1, benchmarks=("arithmetic",))
     sft.train_sft(replace(settings, evaluation=asked), tmp_path / "cut")
     assert losses(tmp_path / "cut") == before
-    shown = capsys.readouterr().out
-    assert re.search(r"evaluation +none in SFT; afterwards python -m igrpo_jax.evaluate", shown)
-    assert re.search(r"without effect +evaluation.drafts: needs evaluation.rounds above 0", shown)
+    assert re.search(r"evaluation +none in SFT; afterwards python -m igrpo_jax.evaluate --m", capsys.readouterr().out)
     with pytest.MonkeyPatch.context() as patch:  # one that has ended says so, and reads no checkpoint
         patch.setattr(sft.Checkpointer, "restore", None)
         sft.train_sft(settings, tmp_path / "cut")
@@ -88,6 +89,33 @@ def test_it_learns_goes_on_where_it_stopped_and_is_exported(settings, tmp_path, 
     assert (tmp_path / "out" / "model.safetensors").exists()
     message = error_of(opening.open_run, settings, RunContext(tmp_path / "run", None, None))
     assert "holds an SFT run; export it, and train the export (model.path) in another --workdir" in message
+
+
+def test_the_table_says_what_sft_does_not_do(settings):
+    changed = replace(
+        settings,
+        evaluation=replace(settings.evaluation, every=1, benchmarks=("arithmetic",)),
+        checkpoint=replace(settings.checkpoint, export=True),
+        sft=replace(settings.sft, draft_fraction=0.0),
+    )
+    tables = [sft._overview(SimpleNamespace(config=c, **OF_TABLE), "DIR") for c in (settings, changed)]
+    assert {"evaluation", "export", "without effect"}.isdisjoint(dict(tables[0]))
+    said = dict(tables[1])
+    assert said["evaluation"] == "none in SFT; afterwards python -m igrpo_jax.evaluate --model DIR --workdir OUT"
+    assert said["export"] == "none in SFT; afterwards python -m igrpo_jax.export --workdir DIR --out HF_DIR"
+    assert said["without effect"] == "sft.draft_column: needs sft.draft_fraction above 0"
+
+
+@pytest.mark.slow
+def test_lines_are_printed_as_often_as_set_also_after_a_resume(settings, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(Console, "start", lambda self, *args: started.append(args))
+    settings = replace(settings, steps=2, log=replace(settings.log, every=7))
+    sft.train_sft(settings, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    sft.train_sft(settings, tmp_path)
+    assert started[0] == (2, 0, 7, []) and started[1][:3] == (2, 1, 7)
+    assert [row["sft/loss"] for row in started[1][3]] == losses(tmp_path)[:1]
 
 
 def test_a_step_does_not_hold_an_example_twice(settings, tmp_path):

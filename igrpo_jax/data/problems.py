@@ -146,6 +146,14 @@ def asked(rows: dict[str, list[Row]], limit: int) -> dict[str, list[Row]]:
     return {name: problems[: limit or None] for name, problems in rows.items()}
 
 
+def _check_no_other_part(settings: DataConfig, hub_id: str) -> None:
+    """Raises InputError if a subset or split is set beside the name of a data set, which stands for one part of it."""
+    for name in ("subset", "split"):
+        if (value := getattr(settings, name)) != getattr(DataConfig(), name):
+            fix = f"{settings.train!r} stands for one part of {hub_id}; set config.data.train = {hub_id!r} for another"
+            raise InputError(f"config.data.{name} = {value!r}: {fix}")
+
+
 def _builtin_rows(problems: Sequence[Problem], split: str) -> list[Row]:
     return [Row(f"{split}-{i}", i, problem.question, str(problem.answer), {}) for i, problem in enumerate(problems)]
 
@@ -164,6 +172,7 @@ def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, list[tu
     path, subset, split = settings.train, settings.subset, settings.split
     prompt, answer = settings.prompt_column, settings.answer_column
     if preset:
+        _check_no_other_part(settings, preset.id)
         path, subset, split = preset.id, preset.subset, preset.split
         prompt, answer = prompt or preset.prompt, answer or preset.answer
     table = readers.read(path, source, subset, split)

@@ -37,7 +37,7 @@ def _all_zero(rows: Sequence[Row]) -> float | None:
 
 def _entropy_lost(rows: Sequence[Row]) -> float | None:
     """Returns the fraction of the first steps' entropy that is gone; None in SFT, which is meant to lower it."""
-    if rows[-1].get("reward") is None:
+    if all(row.get("reward") is None for row in rows):
         return None
     first, now = _mean(rows[:RECENT], "entropy"), _mean(rows[-RECENT:], "entropy")
     return 1 - now / first if first and now is not None and len(rows) > RECENT else None

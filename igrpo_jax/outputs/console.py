@@ -288,7 +288,7 @@ class Console:
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(no_wrap=True, ratio=1)
         if solved := lines.values_text(self._row, lines.SOLVED):
-            grid.add_row("solved", Text(solved, style="bold green"))
+            grid.add_row("solved" if "rewards/accuracy/mean" in self._row else "", Text(solved, style="bold green"))
         grid.add_row("step", self._progress())
         if times := lines.values_text(self._row, lines.TIME):
             grid.add_row("time", Text(times))

@@ -28,6 +28,8 @@ SOLVED: Parts = (
     ("copied", "refine/copy_ratio", ".2f"),
     ("verdicts right", "verify/accuracy", ".3f"),
     ("reward", "reward", ".3f"),
+    ("loss", "sft/loss", ".4f"),
+    ("with a draft", "sft/draft_frac", ".2f"),
     ("entropy", "entropy", ".3f"),
     ("length", "completions/mean_length", ".0f"),
 )

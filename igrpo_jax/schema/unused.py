@@ -1,6 +1,6 @@
 """Which settings of a run that differ from their defaults have no effect, because another setting is missing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from igrpo_jax.schema import fields
@@ -25,12 +25,14 @@ NEEDS = (
     Need(("data.task",), "data.train to be empty", lambda c: not c.data.train),
     Need(("data.arithmetic",), 'data.task = "arithmetic", or that benchmark', lambda c: _has_task(c, "arithmetic")),
     Need(("data.lookups",), 'data.task = "lookups", or that benchmark', lambda c: _has_task(c, "lookups")),
+    Need(("data.subset", "data.split", "data.prompt_column"), "data.train", lambda c: bool(c.data.train)),
     Need(
-        ("data.subset", "data.split", "data.prompt_column", "data.answer_column"),
-        "data.train",
-        lambda c: bool(c.data.train),
+        ("data.answer_column",),  # also the name by which rewards of one's own get the answers
+        "data.train, or a reward of your own",
+        lambda c: bool(c.data.train or c.rewards.custom_weights),
     ),
-    Need(("warm_start",), "warm_start.steps above 0", lambda c: c.warm_start.steps > 0),
+    Need(("warm_start",), "model.path to be empty and warm_start.steps above 0", lambda c: c.warm_start.steps > 0),
+    Need(("sft.draft_column", "sft.drafts_from"), "sft.draft_fraction above 0", lambda c: c.sft.draft_fraction > 0),
     Need(
         ("algorithm.solved_fraction",),
         'algorithm.draft_when = "unsolved"',
@@ -56,11 +58,20 @@ NEEDS = (
 )
 
 
-def unused(config: "Config") -> list[str]:
-    """Returns a text for each need that is not met: the settings without effect that are not the default, and it."""
+RUN = ("model", "data", "warm_start", "algorithm", "rewards", "learner", "optimizer", "evaluation")
+SFT_RUN = ("model", "data", "sft", "optimizer")
+
+
+def unused(config: "Config", sections: Sequence[str] = RUN) -> list[str]:
+    """Returns a text for each need that is not met: the settings without effect that are not the default, and it.
+
+    Args:
+        sections: what the run reads; others would have no effect with what they need either.
+    """
     cls, default, texts = type(config), type(config)(), []
     paths = [path for path in fields.field_paths(cls) if not fields.setting_at(cls, path).is_section]
-    changed = [path for path in paths if fields.value_at(config, path) != fields.value_at(default, path)]
+    read = [path for path in paths if path.partition(".")[0] in sections]
+    changed = [path for path in read if fields.value_at(config, path) != fields.value_at(default, path)]
     for need in NEEDS:
         idle = [path for path in changed if f"{path}.".startswith(tuple(f"{name}." for name in need.paths))]
         if idle and not need.is_met(config):

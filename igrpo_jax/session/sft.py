@@ -38,7 +38,7 @@ from igrpo_jax.outputs.files import write_atomically
 from igrpo_jax.outputs.workdir import SFT, Claim, check_workdir, prepare_workdir, record_settings, recorded_date
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Prompt
-from igrpo_jax.schema.unused import unused
+from igrpo_jax.schema.unused import SFT_RUN, unused
 from igrpo_jax.session import resuming
 from igrpo_jax.session.beginning import Beginning, claim_folder
 from igrpo_jax.session.progress import Progress, check_finite
@@ -283,7 +283,8 @@ def _first_state(inputs: SftInputs, learner: Learner, console: Console) -> Train
 def _overview(inputs: SftInputs, workdir: Path) -> list[tuple[str, object]]:
     """Returns the rows of the table that is printed before the first step."""
     config, lora = inputs.config, inputs.config.model.lora
-    asks = config.evaluation.every > 0 and bool(config.evaluation.benchmarks)
+    later = "none in SFT; afterwards python -m igrpo_jax"
+    evaluates, exports = config.evaluation.every > 0, config.checkpoint.export or bool(config.checkpoint.push)
     drafts = f"{config.sft.draft_fraction:.0%} of the examples of problems that have one"
     return [
         ("model", f"{config.model.path}, {inputs.policy.cfg.num_params / 1e6:,.1f} M parameters"),
@@ -292,7 +293,8 @@ def _overview(inputs: SftInputs, workdir: Path) -> list[tuple[str, object]]:
         *inputs.notes,
         ("shown with a draft", drafts if config.sft.draft_fraction else "none"),
         ("optimizer", f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}"),
-        *(("without effect", text) for text in unused(config)),
-        *([("evaluation", f"none in SFT; afterwards python -m igrpo_jax.evaluate --model {workdir}")] * asks),
+        *(("without effect", text) for text in unused(config, SFT_RUN)),
+        *([("evaluation", f"{later}.evaluate --model {workdir} --workdir OUT")] * evaluates),
+        *([("export", f"{later}.export --workdir {workdir} --out HF_DIR")] * exports),
         ("workdir", workdir),
     ]

@@ -36,10 +36,9 @@ def test_json_lines_keep_ids_columns_and_text(tmp_path):
     first, second = load(write(tmp_path / "x.jsonl", rows), "q", "a")
     # A reward that asks for the answer by the name of its column gets the cell as it is.
     assert first == problems.Row("a/7", 0, "1+1 = ½·4?", "2", {"id": "a/7", "a": "2", "level": 3})
+    zeros = write(tmp_path / "y.jsonl", [row | {"id": 0} for row in rows])
+    assert [row.id for row in load(zeros, "q", "a")] == ["0", "0"]
     # Answer 0 is not blank; the id is the row's number.
-    assert [row.id for row in load(write(tmp_path / "y.jsonl", [row | {"id": 0} for row in rows]), "q", "a")] == [
-        "0"
-    ] * 2
     assert second == problems.Row("2", 1, "0?", "0", {"a": 0, "level": None})
 
 
@@ -404,6 +403,13 @@ def test_presets_and_hub_ids_ask_the_hub_for_the_right_thing(monkeypatch):
     ]
     assert [row.answer for row in load("math", "", "other")] == ["3"]  # a column that is named
     assert ("openai/gsm8k", "main", "test") in asked[5:] and ("HuggingFaceH4/aime_2024", None, "train") in asked[5:]
+
+
+@pytest.mark.parametrize(("name", "value"), [("subset", "socratic"), ("split", "test")])
+def test_the_name_of_a_data_set_stands_for_one_part_of_it(name, value):
+    settings = DataConfig(train="gsm8k", **{name: value})
+    fix = "'gsm8k' stands for one part of openai/gsm8k; set config.data.train = 'openai/gsm8k' for another"
+    assert error_of(problems.load_rows, settings) == f"config.data.{name} = '{value}': {fix}"
 
 
 def test_a_folder_with_the_name_of_a_preset_is_read_itself(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_an_evaluation_keeps_the_day_and_the_variables_of_its_template(tmp_path)
     ],
 )
 def test_answers_drawn_with_other_settings_are_another_evaluation(tmp_path, field, value, name):
-    """Red if a resume mixes them with those that are there."""
+    """A resume does not mix them with those that are there."""
     first = results.settings(run_config(), 48)
     other = results.settings(run_config(**{field: value} if field else {}), 48 if field else value)
     assert [each for each in first if first[each] != other[each]] == [name]

@@ -647,6 +647,7 @@ def test_a_draft_without_a_verdict_ends_nothing(collect):
     assert all(len(group.drafts) == N and group.kept is None for group in groups)
 
 
+@pytest.mark.slow
 def test_a_largest_reward_that_is_rounded_ends_drafting(collect):
     """A sum of weights may come out a little below the sum that `largest` is."""
 

@@ -74,6 +74,8 @@ def test_entropy_is_compared_with_the_start_of_the_run():
     assert names(QUIET | {"entropy": 0.041}, steps(5) + steps(4, entropy=0.041)) == []
     slow = [*steps(5), *steps(5, entropy=0.08), *steps(4, entropy=0.03)]
     assert names(QUIET | {"entropy": 0.03}, slow) == ["entropy collapse"]
+    unsolved = {"nonfinite_steps": 0, "entropy": 0.03}  # a step in which all prompts were solved has no reward
+    assert names(unsolved, steps(5) + steps(4, entropy=0.03)) == ["entropy collapse"]
     taught = {"sft/loss": 0.1, "entropy": 0.03, "nonfinite_steps": 0}  # SFT lowers it by what it teaches
     assert names(taught, [taught | {"entropy": 0.4}] * 5 + [taught] * 4) == []
     assert names(QUIET | {"entropy": 0.001}, steps(4)) == []  # nothing to compare with yet

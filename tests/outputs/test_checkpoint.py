@@ -275,7 +275,7 @@ def test_a_step_that_the_run_removes_while_it_is_read(tmp_path, monkeypatch):
 
 
 def test_adapters_begin_as_the_seed_says():
-    """Red if runs of several seeds begin alike."""
+    """Runs of several seeds begin differently."""
     mesh = mesh_of(1, 1, 1)
 
     def begun(seed):

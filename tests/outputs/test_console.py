@@ -178,6 +178,14 @@ def test_the_display_shows_solve_rate_phases_best_evaluation_and_alerts(monkeypa
     assert "truncation: 90% of completions are cut" in lines[4] and max(map(len, lines)) <= 100
 
 
+def test_the_display_of_sft_shows_its_loss(monkeypatch):
+    shown, _ = on_terminal(monkeypatch, width=100)
+    with shown:
+        shown.start(total_steps=9)
+        shown.step(1, {"sft/loss": 1.5, "sft/draft_frac": 0.25, "entropy": 0.75})
+        assert drawn(shown)[0].split() == ["loss", "1.5000", "with", "a", "draft", "0.25", "entropy", "0.750"]
+
+
 def test_a_narrow_terminal_cuts_lines_and_never_wraps_them(monkeypatch):
     shown, _ = on_terminal(monkeypatch, width=40)
     with shown:

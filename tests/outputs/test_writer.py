@@ -149,12 +149,13 @@ def test_a_batch_that_is_kept_has_what_each_sample_followed(tmp_path, two_groups
     assert rows[0]["logprobs"] == [-1, None, None] and rows[2]["tokens"] == [5, 7, 8]
 
 
-def test_a_resume_reads_the_rows_of_steps_again(tmp_path):
+@pytest.mark.parametrize("name", ["loss", "sft/loss"])
+def test_a_resume_reads_the_rows_of_steps_again(tmp_path, name):
     with writers.Writer(tmp_path, run_config()) as writer:
-        for step, metrics in ((0, {"eval/a/pass@1": 0.5}), (1, {"loss": 1.0}), (1, {"eval/a/pass@1": 0.5})):
+        for step, metrics in ((0, {"eval/a/pass@1": 0.5}), (1, {name: 1.0}), (1, {"eval/a/pass@1": 0.5})):
             writer.write(step, metrics)
     with writers.Writer(tmp_path, run_config(), 1) as writer:
-        assert writer.history == [{"step": 1, "loss": 1.0}] and writer.rows == 3
+        assert writer.history == [{"step": 1, name: 1.0}] and writer.rows == 3
 
 
 def test_trackers_get_the_first_prompt_that_was_refined_with_its_own_advantage(tmp_path, two_groups, monkeypatch):

@@ -158,6 +158,7 @@ def faked(monkeypatch):
     monkeypatch.setattr(verifier_module, "Pool", lambda function, *args, **options: Pool(fake_call, *args, **options))
 
 
+@pytest.mark.slow
 def test_a_verdict_of_the_judge_alone_is_no_reward_where_the_grading_failed(faked, monkeypatch):
     """It would be a part of the sum that others of the group have."""
     judge = StubJudge([Judgement(1.0), Judgement(0.75)])
