@@ -105,7 +105,8 @@ def test_objects_in_the_place_of_settings(path, value, says):
 
 
 def test_paths_are_settings_as_they_are():
-    assert loading.load_config(None, {"data.train": Path("a") / "b.jsonl", "model.path": "m"}).data.train == "a/b.jsonl"
+    made = loading.load_config(None, {"data.train": Path("a") / "b.jsonl", "model.path": "m"})
+    assert (made.data.train, made.model.path) == ("a/b.jsonl", "m")
 
 
 def test_aliases_are_no_fields_themselves():
@@ -184,6 +185,46 @@ def test_a_value_that_no_run_can_use_is_one_line_with_field_value_and_fix(path, 
     assert str(error.value).startswith("config.") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"steps": 5, "epochs": 0.0}, None),
+        ({"model.lora.rank": 2, "model.lora.targets": ()}, r"targets = \(\): name at least one weight"),
+        ({"model.lora.targets": ()}, None),
+        ({"data.arithmetic.min_terms": 4, "data.arithmetic.max_terms": 3}, "max_terms = 3: must be at least"),
+        ({"data.arithmetic.min_terms": 4, "data.arithmetic.max_terms": 4}, None),
+        ({"warm_start.steps": 5, "model.path": "m"}, "warm_start.steps = 5: the warm start is for the built-in model"),
+        ({"warm_start.draft_error_rate": 0.0}, None),
+        ({"sft.draft_fraction": 0.5}, "sft.draft_column = '': name the column of the drafts"),
+        ({"sft.draft_fraction": 0.5, "sft.draft_column": "old"}, None),
+        ({"sft.draft_fraction": 0.5, "sft.drafts_from": "run"}, None),
+        ({"sft.draft_column": "old", "sft.drafts_from": "run"}, "drafts_from = 'run': drafts are read from one place"),
+        ({"rewards.overlong": 1.0, "rewards.overlong_cache": 4097}, "overlong_cache = 4097: must be between 1 and"),
+        ({"rewards.overlong": 1.0, "rewards.overlong_cache": 4096}, None),
+        ({"rewards.overlong": 1.0, "rewards.overlong_cache": 1}, None),
+        ({"rewards.overlong_cache": 4097}, None),
+        ({"rewards.judge.weight": 1.0, "rewards.judge.model": "j", "algorithm.draft_metric": "judge"}, None),
+        ({"algorithm.draft_metric": "judge"}, "draft_metric = 'judge': not a reward in use"),
+        ({"rewards.accuracy": 0.0}, None),
+        ({"optimizer.name": "adafactor", "optimizer.max_grad_norm": 1001.0}, "max_grad_norm = 1001.0: at most 1000"),
+        ({"optimizer.name": "adafactor", "optimizer.max_grad_norm": 1000.0}, None),
+        ({"optimizer.max_grad_norm": 1e9}, None),
+        ({"algorithm.train_drafts": True, "algorithm.num_drafts": 1, "algorithm.group": "prompt"}, None),
+        ({"algorithm.num_drafts": 1}, None),
+        ({"mesh.tensor": -1}, "mesh.fsdp = -1: only one axis may be -1"),
+        ({"mesh.tensor": -1, "mesh.fsdp": 2}, None),
+    ],
+)
+def test_settings_that_do_not_go_together(changes, says):
+    tree = config.default()
+    tree.update_from_flattened_dict(changes)
+    if says is None:
+        config.freeze(tree)
+        return
+    with pytest.raises(InputError, match=says):
+        config.freeze(tree)
+
+
 UNSOLVED = {"draft_when": "unsolved", "train_drafts": True}
 
 
@@ -238,6 +279,8 @@ UNSOLVED = {"draft_when": "unsolved", "train_drafts": True}
         ({"num_generations": 1}, "num_generations = 1: must be at least 2"),
         ({"num_generations": 1, "group": "prompt", "train_drafts": True, "num_drafts": 0}, "must be at least 2"),
         ({"num_generations": 1, "group": "prompt", "train_drafts": True, "draft_selection": "refined"}, None),
+        ({"num_generations": 1, "group": "prompt", "train_drafts": True, "draft_dropout": 0.5}, "must be at least 2"),
+        ({"num_generations": 1, "group": "prompt", "train_drafts": True, "alternate": True}, "must be at least 2"),
         ({"verdict": True, "accuracy": 0.0}, "refine.instruction = .*: .* set rewards.accuracy above 0"),
         ({"verdict": True}, None),
         ({"improvement_bonus": 0.5}, "improvement_bonus = 0.5: .* set algorithm.group to .prompt"),
@@ -346,6 +389,17 @@ def test_custom_rewards_by_name_and_weight():
     equal = config.RewardsConfig(functions=("a:f", "a:g"))
     assert equal.custom_weights == {"a:f": 1.0, "a:g": 1.0}
     assert config.RewardsConfig(custom="a:f", custom_weight=3.0).custom_weights == {"a:f": 3.0}
+
+
+def test_what_follows_from_several_settings():
+    made = config.Config()
+    assert (made.trained_completions, made.draft_limit, made.filter_groups_metric) == (32 * 4, 4096, "accuracy")
+    algorithm = config.AlgorithmConfig(train_drafts=True, num_drafts=3, num_iterations=2)
+    learner, refine = config.LearnerConfig(minibatches=4), config.RefineConfig(max_draft_length=7)
+    rewards = config.RewardsConfig(accuracy=0.0)
+    made = config.Config(algorithm=algorithm, learner=learner, refine=refine, rewards=rewards)
+    assert (made.trained_completions, made.draft_limit, made.filter_groups_metric) == (32 * (4 + 3), 7, "reward")
+    assert made.optimizer_steps_per_update == 4 * 2
 
 
 @pytest.mark.parametrize("key", ["sk-proj-abc123", "gsk_abc123", ""])

@@ -129,6 +129,7 @@ def test_values_of_another_type(refused, override, words):
         ("model.lora.targets=('q_proj', 'k_proj')", "model.lora.targets", ("q_proj", "k_proj")),
         ("model.lora.targets=q_proj", "model.lora.targets", ("q_proj",)),
         ("log.trackers=", "log.trackers", ()),
+        ("log.trackers='wandb'", "log.trackers", ("wandb",)),
         ("log.profile_steps=2,3", "log.profile_steps", (2, 3)),
         ("log.profile_steps=[2]", "log.profile_steps", (2,)),
         ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),

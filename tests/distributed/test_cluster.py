@@ -179,6 +179,7 @@ def test_a_metadata_server_that_does_not_answer_is_no_pod(monkeypatch, caplog):
         ("--process=0", "--coordinator: missing"),
         ("--coordinator h --processes 2 --process 0", "--coordinator h: must be HOST:PORT"),
         ("--coordinator h:65536 --processes 2 --process 0", "--coordinator h:65536: must be HOST:PORT"),
+        ("--coordinator h:0 --processes 2 --process 0", "--coordinator h:0: must be HOST:PORT"),
         ("--coordinator h:1 --processes 2 --process 2", "--process 2: must be below --processes = 2"),
         ("--coordinator h:1 --processes two --process 0", "--processes two: must be a whole number"),
     ],

@@ -56,6 +56,35 @@ def test_rewritten(answer, expected):
 
 
 @pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        ("zero one two three four five six seven eight nine ten eleven twelve", range(13)),
+        ("thirteen fourteen fifteen sixteen seventeen eighteen nineteen", range(13, 20)),
+        ("twenty thirty forty fifty sixty seventy eighty ninety", range(20, 100, 10)),
+        ("hundred thousand million billion trillion lakh crore", [10**k for k in (2, 3, 6, 9, 12, 5, 7)]),
+    ],
+)
+def test_every_word_for_a_number(words, numbers):
+    article = "a " * (10**12 in numbers)
+    assert [spoken.rewritten(article + word) for word in words.split()] == list(map(str, numbers))
+
+
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        ("half third quarter fourth fifth sixth seventh eighth ninth tenth", [2, 3, 4, *range(4, 11)]),
+        ("eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth", range(11, 20)),
+        ("twentieth thirtieth fortieth fiftieth sixtieth seventieth eightieth ninetieth", range(20, 100, 10)),
+        ("hundredth thousandth millionth billionth trillionth", [10**k for k in (2, 3, 6, 9, 12)]),
+    ],
+)
+def test_every_word_for_a_part(words, numbers):
+    assert [spoken.rewritten(f"one {word}") for word in words.split()] == [rf"\frac{{1}}{{{n}}}" for n in numbers]
+    plurals = [word.replace("half", "halve") + "s" for word in words.split()]
+    assert [spoken.rewritten(f"7 {word}") for word in plurals] == [rf"\frac{{7}}{{{n}}}" for n in numbers]
+
+
+@pytest.mark.parametrize(
     "answer",
     [
         "5 fifth",

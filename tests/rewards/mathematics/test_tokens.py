@@ -53,12 +53,60 @@ def test_numbers(source, expected):
         ("sqrt(2)", r"\sqrt{2}"),
         ("2**x", "2**x"),
         ("x^(1/2)", "x^{1/2}"),
+        (r"\tfrac{1}{2}", r"\cfrac{1}{2}"),
+        (r"\tfrac{1}{2}", r"\frac{1}{2}"),
+        (r"\dbinom{4}{2}", r"\binom{4}{2}"),
+        (r"\tbinom{4}{2}", r"\binom{4}{2}"),
         (r"4.5e3", r"4.5 \times 10^{3}"),
         (r"90°", r"90^\circ"),
     ],
 )
 def test_one_spelling(one, other):
     assert latex(tokenize(one)) == latex(tokenize(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "others"),
+    [
+        ("ne", "neq"),
+        ("leq", "le leqslant"),
+        ("geq", "ge geqslant"),
+        ("<", "lt"),
+        (">", "gt"),
+        (":", "colon"),
+        ("*", "cdot times ast"),
+        ("/", "div"),
+        ("|", "lvert rvert vert lVert rVert Vert mid"),
+        ("[", "lbrack"),
+        ("]", "rbrack"),
+        ("(", "lparen"),
+        (")", "rparen"),
+        ("\\{", "lbrace"),
+        ("\\}", "rbrace"),
+        ("cup", "bigcup"),
+        ("varnothing", "emptyset"),
+        ("approx", "thickapprox doteq fallingdotseq"),
+        ("sim", "thicksim"),
+        ("setminus", "backslash"),
+        ("epsilon", "varepsilon"),
+        ("phi", "varphi"),
+        ("ldots", "dots cdots dotsc dotsb dotso"),
+        ("lor", "vee"),
+        ("land", "wedge"),
+        ("neg", "lnot"),
+        ("bmod", "mod"),
+        ("to", "rightarrow"),
+        ("implies", "Rightarrow"),
+    ],
+)
+def test_commands_of_the_same_meaning(one, others):
+    assert [texts(f"\\{other} 2") for other in others.split()] == [[one, "2"]] * len(others.split())
+
+
+def test_commands_of_text():
+    names = "text textbf textit textrm textsf texttt textnormal textup mbox hbox emph operatorname"
+    for name in f"{names} mathrm mathbf mathit mathsf mathtt bm boldsymbol".split():
+        assert tokenize(rf"\{name}{{two words}}") == [("text", "two words", False)]
 
 
 def test_spellings_that_stay_apart():
