@@ -207,6 +207,8 @@ EXTRACTED = [
     ("The answer: D, it cannot be A", "D"),
     ("Is the answer 5?", None),
     # A Markdown heading is no marker; GSM8K's #### is one.
+    ("The answer is 5.\n#### 7", "7"),
+    ("#### 7\nThe answer is 5.", "5"),
     ("#### Final Answer\nThe answer is 42.", "42"),
     ("The answer is 42.\n\n#### Check\n6*7 = 42, as it should be.", "42"),
     ("#### Step 1\nMultiply.\n#### Step 2\nThe answer is $42$.", "42"),

@@ -18,6 +18,30 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # numbers behind a closed bracket, ratios and labels with and without words, repeated points
+    ("f(2) = 1,234", "1234"),
+    ("f(2) = 1,234 and 5", "1234, 5"),
+    ("3:5", r"3:5\text{ cups}"),
+    ("5 mg/l", r"5\text{ mg/l}"),
+    ("5 mg/l", "5"),
+    ("5 Hz", "5"),
+    ("5 Celsius", r"5^\circ C"),
+    ("m = 5 m", "5"),
+    ("(D)Alina", "D"),
+    ("D)Alina", "D"),
+    ("(1,2), (1,2), (3,4)", "(1,2), (3,4)"),
+    ("A B", "B A"),
+    ("5\\", "5"),
+    ("1f_{16}", "1F_{16}"),
+    ("1f_{16}", "31_{10}"),
+    (r"\(1\) and \(2\)", "1, 2"),
+    (r"\(1\), \(2\)", "1, 2"),
+    (r"x{\frac12}", "x/2"),
+    (r"\sin(30)^{\circ}", "1/2"),
+    (r"2^{\frac{1}{x+1}}", "2^{1/(1+x)}"),
+    # sums, which sympy works out
+    (r"\sum_{k=1}^{2} k\sqrt12", r"6\sqrt3"),
+    (r"\sum_{k=1}^{2} 0.1k\sqrt2", r"\frac{3\sqrt{2}}{10}"),
     # systems with a brace before them, and amounts in two units
     (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "(1,2)"),
     (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", r"\begin{cases}x=1\\y=2\end{cases}"),
@@ -1543,6 +1567,33 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # ratios of other lengths or of nothing that has a value, times of day, one unit among two
+    ("1:2:3", "1:2"),
+    ("2:4:6", "1:2"),
+    ("3:5", r"\int x"),
+    ("3:5 m", "3:5 cups"),
+    ("3:5 m", "3/5"),
+    ("3:30 pm", "4:30 pm"),
+    ("3:30 pm", "1/10"),
+    (r"5\%", "5 m"),
+    ("5 m/", "5 m"),
+    ("12_0", "12_{10}"),
+    # functions and products of the same letters, conditions that are not read
+    ("g(x) < 3", "gx < 3"),
+    ("f(ab) = ab", "f(x) = x"),
+    (r"p \land q", "p, q"),
+    ("|x|^2 < 4", "-1 < x < 1"),
+    (r"\{x | \}", "5"),
+    (r"\{ | x\}", "5"),
+    ("x_{a", "5"),
+    # points, vectors and complex numbers, of which a part alone is another answer
+    ("1, 2", r"\{(1,2)\}"),
+    ("(1,0)", "i+k"),
+    (r"3+4i \approx 3", "3"),
+    (r"\sqrt{4i}", "2"),
+    (r"\sqrt[4]{-16}", "2"),
+    ("(-3)!", "5"),
+    ("2^{1/(x+1)}", "2^{1/(x+2)}"),
     # systems with a brace before them, and amounts in two units
     (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "(2,1)"),
     (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "2"),
@@ -3210,6 +3261,7 @@ def test_lists_are_unordered_and_tuples_are_not(numbers, rng):
 
 
 SLOW = [
+    r"\pm 1",
     r"\left\{\begin{array}{l}",
     r"\{\begin{array}x\end{array}",
     "1 hour ",
