@@ -31,8 +31,8 @@ eV electronvolt = 1 eV | cal calorie = 1 cal | T tesla = 1 T | F farad = 1 F | o
 erg = 1/10000 g m2 s-2 | pc parsec = 1 pc"""
 _OTHER = """h hr hour = 3600 s | min minute = 60 s | day = 86400 s | week wk = 604800 s | month = 1 month
 year yr = 12 month | decade = 120 month | century centuries = 1200 month | in inch = 1 in | ft foot feet = 12 in
-yd yard = 36 in | mi mile = 63360 in | acre = 6272640 in2 | ha hectare = 10000 m2 | cc = 1/1000000 m3
-tonne = 1000000 g | lb lbs = 1 lb | pound = 1 pound | oz ounce = 1 oz | ton = 1 ton | gal gallon = 1 gal | qt quart = 1/4 gal
+mi mile = 63360 in | acre = 6272640 in2 | ha hectare = 10000 m2 | cc = 1/1000000 m3 | tonne = 1000000 g
+lb lbs = 1 lb | pound = 1 pound | oz ounce = 1 oz | ton = 1 ton | gal gallon = 1 gal | qt quart = 1/4 gal
 pt pint = 1/8 gal | cup = 1/16 gal | tbsp tablespoon = 1 tbsp | tsp teaspoon = 1/3 tbsp | cent = 1 cent
 dollar usd buck = 100 cent | euro eur = 1 euro | gbp sterling = 1 gbp | yen jpy = 1 yen | yuan rmb cny = 1 yuan
 rupee inr rs = 1 rupee | won = 1 won | peso = 1 peso | ruble rouble = 1 ruble | franc = 1 franc | krona = 1 krona
@@ -40,7 +40,7 @@ degree deg = 1 degree | celsius = 1 celsius | fahrenheit = 1 fahrenheit | rad ra
 mph = 63360/3600 in s-1 | kph kmh kmph = 1000/3600 m s-1 | fps = 12 in s-1 | knot = 1 knot | rpm = 1 rpm
 KB = 1/1000 MB | MB = 1 MB | GB = 1000 MB | kWh = 3600000000 g m2 s-2 | am = 1 am | pm = 1 pm
 Å angstrom = 1/10000000000 m | atm = 101325000 g m-1 s-2 | AU = 1 AU | amu = 1 amu | arcsec arcsecond = 1/3600 degree
-arcmin arcminute = 1/60 degree | solarmass = 1 solarmass"""
+arcmin arcminute = 1/60 degree | solarmass = 1 solarmass | yd yard = 36 in"""
 _PREFIXES = """k kilo 1000 | c centi 1/100 | m milli 1/1000 | d deci 1/10 | h hecto 100 | M mega 1e6 | μ micro 1e-6
 G giga 1e9 | n nano 1e-9 | T tera 1e12"""
 _CHANGING = """is are was were be been being isn aren wasn not no nor neither never none nothing cannot can could may

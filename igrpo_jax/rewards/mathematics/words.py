@@ -12,6 +12,7 @@ from igrpo_jax.rewards.mathematics.units import Unit
 OPERATORS = frozenset(("+", "-", "*", "/", "^", "_", "=", "<", ">", "!", "'", "cup"))
 EMPTY = "empty set"
 REALS = frozenset(("real numbers", "R"))
+_SHORT = frozenset(("yes", "no", "odd"))  # words, and no products of letters
 _NO_SOLUTION = (
     r"(?:there (?:is|are|exists?) |(?:(?:the |this )?(?:equation|system|inequality|problem) |it )?has )?"
     r"(?:no (?:(?:real|such|valid|possible) )*(?:solutions?|roots?|values?)|none)(?: exists?)?"
@@ -83,8 +84,8 @@ def words_of(tokens: list[Token], from_text: bool) -> str | None:
     length = sum(map(len, runs))
     if length == 1:
         return None
-    capital = any(len(run) > 1 and run.isupper() for run in runs)
-    if from_text or length > 3 or capital or any(token.kind == "text" for token in tokens):
+    is_word = any((len(run) > 1 and run.isupper()) or run.casefold() in _SHORT for run in runs)
+    if from_text or length > 3 or is_word or any(token.kind == "text" for token in tokens):
         folded = " ".join(runs).casefold()
         return next((meaning for phrase, meaning in _PHRASES.items() if phrase.fullmatch(folded)), folded)
     return None

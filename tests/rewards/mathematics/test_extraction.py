@@ -95,6 +95,8 @@ EXTRACTED = [
     ("The answer is twelve – three.", "twelve – three"),
     ("The answer is 42 - as required.", "42 -"),
     # blocks that hold a sentence; tags that are doubled or empty
+    ("<answer>The total is not 18</answer>", "The total is not 18"),
+    ("<answer>The total is 18</answer>", "18"),
     ("<answer>The total is 18.</answer>", "18"),
     (r"<answer>Thus, $x = 18$.</answer>", "x = 18"),
     ("<answer>The total cost is $18.</answer>", "$18"),

@@ -18,6 +18,27 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    (r"50.0\%", "50"),
+    (r"\frac13 \approx 33.3\%", r"33.3\%"),
+    (r"33.3\% \approx \frac13", "1/3"),
+    ("5feet", "60 in"),
+    ("5min", "5"),
+    (r"A \setminus B", r"A\setminus B"),
+    (r"\cot^{-1} x", r"\tan^{-1}\frac1x"),
+    ("e^{1/(x+1)}", "e^{1/(1+x)}"),
+    # words of two and three letters
+    ("yes", "Yes"),
+    ("No", "no"),
+    ("Odd", "odd"),
+    ("yes", r"\text{Yes}"),
+    # relations, names and memberships in two spellings
+    ("a < b < c", "a<b<c"),
+    ("f + 1 < 3", "f < 2"),
+    ("y = 2x", "y - 2x = 0"),
+    ("x=1, y=2", "y=2, x=1"),
+    (r"x \in (a,b)", "(a,b)"),
+    (r"\ln^{-1} 2", r"\frac{1}{\ln 2}"),
+    ("5percent", r"5\%"),
     # numbers behind a closed bracket, ratios and labels with and without words, repeated points
     ("f(2) = 1,234", "1234"),
     ("f(2) = 1,234 and 5", "1234, 5"),
@@ -1567,6 +1588,30 @@ SAME = [
 ]
 
 DIFFERENT = [
+    ("x^2 < 4", "x^3 < 4"),
+    (r"\frac{1}{x+1} < 2", r"x > -\frac12"),
+    ("x + k\\pi", "x + k\\pi + \\pi"),
+    ("(1,2,3]", "1,2,3"),
+    (r"\hat{x}", "x"),
+    (r"\foo:30 \text{ pm}", "3:30 pm"),
+    (r"\sim", "5"),
+    ("x_{a = 5", "6"),
+    ("yes", "no"),
+    # functions beyond where they are known, and letters that are numbers or stand for any integer
+    (r"\Gamma(1/3)", r"\sqrt{\pi}"),
+    (r"\Gamma(-1/2)", r"\sqrt{\pi}"),
+    (r"\Gamma(0)", "1"),
+    (r"\Gamma(x)", "1"),
+    (r"0.\overline{x}", "5"),
+    ("f(e) = 2e", "f(x) = 2x"),
+    (r"\pi n + k, n \in \mathbb{Z}", r"\pi k + k"),
+    # other equations, other names of the same set, and sets that are not read
+    ("y = 2x", "y - 3x = 0"),
+    ("D = (0,1)", "0 < x < 1"),
+    (r"\{y : x > 3\}", "x > 3"),
+    (r"\setminus \{2\}", "5"),
+    ("0:0", "1:2"),
+    ("9 (9)", "9"),
     # ratios of other lengths or of nothing that has a value, times of day, one unit among two
     ("1:2:3", "1:2"),
     ("2:4:6", "1:2"),
