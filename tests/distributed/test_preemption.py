@@ -20,9 +20,12 @@ def test_the_notice_is_seen_at_the_next_check_and_the_handler_put_back():
         with pytest.raises(preemption.Preempted):
             preemption.check()
     assert signal.getsignal(signal.SIGTERM) == before
+    assert preemption.is_told() and not preemption.noted()  # others of the run may not have heard of it yet
     preemption.check()  # of what the same program does next, such as an evaluation
     with preemption.noticed(60):
         preemption.check()  # of a later run
+    preemption.notice("another process")  # which hears of it when this run is over
+    assert not preemption.is_told()
 
 
 def test_a_run_that_saves_in_time_is_not_ended_after_the_grace():

@@ -80,6 +80,12 @@ def test_an_error_leaves_its_phase_to_be_named():
         with pytest.raises(KeyError), watchdog.phase("rollout", "step 1"), watchdog.phase("dispatch"):
             raise KeyError
         assert watchdog.current() == "rollout (step 1), dispatch"
+    with watchdog.watching(BUDGETS):
+        with watchdog.phase("evaluation"):
+            with pytest.raises(KeyError), watchdog.phase("dispatch"):
+                raise KeyError
+            assert watchdog.current() == "evaluation, dispatch"
+        assert watchdog.current() == ""  # the outer phase has ended
     with watchdog.watching(BUDGETS):  # of a later run in the same process
         assert watchdog.current() == ""
         with watchdog.phase("update"):
@@ -93,3 +99,5 @@ def test_the_last_program_is_named_within_a_phase():
         assert watchdog.current() == ""
         with watchdog.phase("rollout", "step 1"):
             assert watchdog.current() == "rollout (step 1), last program decode 64 x 256"
+    with watchdog.watching(BUDGETS), watchdog.phase("update"):  # of a later run
+        assert watchdog.current() == "update"

@@ -1,6 +1,7 @@
 """igrpo_jax.rewards.functions: what a function of the user receives and may return, and where it failed."""
 
 import asyncio
+import dataclasses
 import inspect
 import math
 import sys
@@ -108,14 +109,39 @@ def unordered(completions, **_):
     return {0.25, 0.5}
 
 
-def test_values_without_an_order_are_refused():
-    """They would reach the wrong completions."""
-    with pytest.raises(TypeError, match=r"must return a list with one number or None per completion, not \{0\."):
-        call(unordered)
+def by_number(completions, **_):
+    return {0: 0.25, 1: 0.5}
+
+
+def digits(completions, **_):
+    return "01"
+
+
+@pytest.mark.parametrize(
+    ("function", "given"), [(unordered, r"\{0\."), (by_number, r"\{0: 0\.25, 1: 0\.5\}"), (digits, "'01'")]
+)
+def test_collections_that_are_no_list_of_values_are_refused(function, given):
+    """Without an order they would reach the wrong completions; a dictionary would give its keys, a text its digits."""
+    with pytest.raises(TypeError, match=rf"must return a list with one number or None per completion, not {given}"):
+        call(function)
+
+
+def reads_answer(answer, **_):
+    return [float(text) for text in answer]
+
+
+def test_the_reference_answer_is_given_and_not_the_cell_that_it_was_read_from():
+    cells = [dataclasses.replace(row, columns={"answer": "2 + 2 = 4 #### 4"}) for row in ROWS]
+    reward = CustomReward(f"{__name__}:reads_answer")
+    assert functions.call(reward, cells, START).values == [4.0, 4.0]
 
 
 def huge(completions, **_):
     return [-1e200, np.float64(1e18)]
+
+
+def endless(completions, **_):
+    return [math.inf, -math.inf]
 
 
 def test_a_value_whose_square_leaves_float32_is_an_error_of_its_completion():
@@ -124,6 +150,7 @@ def test_a_value_whose_square_leaves_float32_is_an_error_of_its_completion():
         "returned -1e+200, which is beyond what training can square; return at most 1e+18",
         1e18,
     ]
+    assert all("return None to skip a completion" in value for value in call(endless).values)
 
 
 def logs(completions, log_metric, log_extra, **_):
@@ -132,6 +159,8 @@ def logs(completions, log_metric, log_extra, **_):
     log_metric("odd \ud800 name", True)
     log_extra("words", [len(text.split()) for text in completions])
     log_extra("odd", [math.inf, {"a": 1}])
+    log_extra("right", [True, np.bool_(False)])
+    log_extra("large", [2**70, 2**62])
     return [0.0] * len(completions)
 
 
@@ -147,7 +176,11 @@ def test_what_a_function_logs():
     """Only what JSON and MessagePack hold travels on: other objects as their text, what is not finite as None."""
     reply = call(logs)
     assert reply.logged == {"length": [18.0, 7.0], "odd ? name": [1.0]}
-    assert reply.extra == [{"words": 1, "odd": None}, {"words": 2, "odd": "{'a': 1}"}]
+    assert reply.extra == [
+        {"words": 1, "odd": None, "right": True, "large": str(2**70)},
+        {"words": 2, "odd": "{'a': 1}", "right": "False", "large": 2**62},
+    ]
+    assert reply.extra[0]["right"] is True
     with pytest.raises(ValueError, match=r"log_extra\('words'\): 1 value for 2 completions"):
         call(too_few)
     with pytest.raises(ValueError, match="many"):

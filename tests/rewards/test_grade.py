@@ -76,6 +76,7 @@ def test_rows_that_time_out_are_results(tmp_path, monkeypatch):
         assert reader.read() == "before"  # replaced by a rename: who reads the old file keeps it whole
     assert [row["status"] for row in read(target)] == ["ok", "timeout", "ok"]
     assert [row["score"] for row in read(target)] == [1.0, 0.0, 1.0]
+    assert read(target)[1]["seconds"] == 1  # those of --timeout
 
 
 BAD = {
@@ -124,6 +125,8 @@ def test_a_broken_line_costs_its_own_row_alone(tmp_path, capsys):
     assert rows[3]["id"] == 7 and rows[3]["detail"].startswith('has no column "gold"')
     assert "2 of 6 rows cannot be graded" in (warned := capsys.readouterr().err)
     assert "row 2: not valid JSON" in warned and 'row 4: has no column "gold"' in warned
+    source.write_text("\n".join(lines[:2]))  # half of the lines, and no more
+    assert len(grade.read_rows(source)) == 2
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
@@ -151,6 +154,9 @@ def test_golds_that_are_numbers_or_several(tmp_path):
     assert grade.main([str(source), str(target), "--workers", "1"]) == 0
     assert [row["score"] for row in read(target)] == [1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 1]
     assert [row["gold"] for row in read(target)] == [gold for gold, _ in rows]
+    write(source, [{"gold": gold, "prediction": r"\boxed{4}"} for gold in (" ", None, [])])  # nothing is right
+    assert grade.main([str(source), str(target), "--workers", "1"]) == 0
+    assert [(row["score"], row["status"] == "error") for row in read(target)] == [(0, False)] * 3
 
 
 def test_wrong_input_at_the_command_line(tmp_path):
@@ -167,6 +173,8 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
     assert grade.main([str(source), str(tmp_path / "out.jsonl"), "--workers", "0"]) == 2
     assert "--workers" in capsys.readouterr().err
+    assert grade.main([str(source), str(tmp_path / "out.jsonl"), "--timeout", "0"]) == 2
+    assert "--timeout above 0" in capsys.readouterr().err
 
 
 def test_a_pipe_is_written_to_and_a_link_is_followed(tmp_path):

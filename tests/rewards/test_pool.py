@@ -23,7 +23,7 @@ from pebble.common import CONSTS
 
 from igrpo_jax.errors import InputError
 from igrpo_jax.rewards import worker_start
-from igrpo_jax.rewards.pool import Pool
+from igrpo_jax.rewards.pool import Pool, _run
 
 TIMEOUT = 3.0  # long enough for what is quick to be so on a busy machine
 SLACK = 20.0  # seconds past the deadline; benchmarks/verifier.py measures how prompt it is
@@ -138,6 +138,12 @@ def test_a_failure_is_an_error_of_its_item_only(pool, kind, value, detail):
     assert [i for i, outcome in enumerate(outcomes) if outcome.status == "error"] == [5, 12]
     assert Counter(outcome.status for outcome in outcomes) == {"ok": 28, "error": 2}
     assert detail in outcomes[5].detail
+
+
+def test_the_alarm_against_orphans_ends_with_its_item():
+    """It would end a worker that waits for the next one."""
+    assert _run(len, ("ab",), 600.0).value == 2 and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert _run(int, ("ab",), 600.0).status == "error" and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @pytest.mark.parametrize("times, status", [(1, "ok"), (2, "ok"), (3, "error")])

@@ -19,7 +19,7 @@ from igrpo_jax.rewards import verifier as verifier_module
 from igrpo_jax.rewards.failures import VerifierError, check_errors
 from igrpo_jax.rewards.judge import Judgement
 from igrpo_jax.rewards.pool import Outcome, Pool
-from igrpo_jax.rewards.rules import Rules, rules_of, score
+from igrpo_jax.rewards.rules import Rules, rules_of, score, total
 from igrpo_jax.rewards.verifier import Verifier, statistics
 
 BOTH = {"accuracy": 1.0, "format": 1.0}
@@ -42,6 +42,8 @@ def verifier():
         # The template opened the block: without the opening the format is 0.
         ("2+2</think><answer>4</answer>", "<think>\n", BOTH, Score(2.0, {"accuracy": 1.0, "format": 1.0}, "4", "ok")),
         (r"\boxed{4}</think> or 5", "<think>", {"accuracy": 1.0}, Score(0.0, {"accuracy": 0.0}, None, "unparseable")),
+        # A template may open the answer too.
+        ("4</answer>", "<think>2+2</think><answer>", BOTH, Score(2.0, {"accuracy": 1.0, "format": 1.0}, "4", "ok")),
         (RIGHT, "", {"accuracy": 0.25, "format": 2.0}, Score(2.25, {"accuracy": 1.0, "format": 1.0}, "4", "ok")),
         (RIGHT, "", {"accuracy": 3.0}, Score(3.0, {"accuracy": 1.0}, "4", "ok")),
         ("no idea", "", {"format": 1.0}, Score(0.0, {"format": 0.0}, None, "ok")),
@@ -56,6 +58,13 @@ def test_a_reward_of_weight_zero_is_not_computed(monkeypatch):
     assert rules.weights == {"format": 2.0}
     monkeypatch.setattr(verifier_module.grader, "grade", lambda *_: pytest.fail("accuracy was computed"))
     assert score(Candidate(RIGHT, "4"), rules) == Score(2.0, {"format": 1.0}, None, "ok")
+
+
+def test_a_reward_of_weight_zero_leaves_the_verdict_to_those_that_count():
+    only = total(Score(0.0, {"logged": 0.5}, None, "ok"), {"logged": 0.0})  # a judge's score may be added to it
+    assert (only.reward, only.status) == (0.0, "ok")
+    beside = total(Score(0.0, {"logged": 0.5, "counted": math.nan}, None, "ok"), {"logged": 0.0, "counted": 1.0})
+    assert math.isnan(beside.reward) and beside.status == "invalid"
 
 
 def test_the_overlong_penalty_counts_tokens():
