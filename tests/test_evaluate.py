@@ -557,6 +557,32 @@ def test_the_chat_template_of_a_run_has_the_runs_values(tmp_path):
         assert (c.data.template_kwargs, c.data.template_date) == ({"enable_thinking": True}, "2026-11-27")
 
 
+def test_an_evaluation_asks_no_problem_that_the_run_was_trained_on(tmp_path, monkeypatch):
+    """The first 20 are the run's own test problems."""
+    own = {"data.arithmetic.train_problems": 300, "data.arithmetic.test_problems": 20}
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(config.to_dict(igrpo_jax.load_config(None, own))))
+    asked = own | {"data.arithmetic.test_problems": 1024, "evaluation.benchmarks": ("arithmetic",)}
+    with pytest.raises(InputError, match=r"own data\.arithmetic\.test_problems = 20"):
+        igrpo_jax.evaluate_model(igrpo_jax.load_config(None, asked, model=run), run, tmp_path / "out")
+
+    def opened(settings, model, step, rows, date):
+        raise LookupError(f"{len(rows['arithmetic'])} problems")
+
+    monkeypatch.setattr(inference, "open_evaluation", opened)
+    limited = igrpo_jax.load_config(None, asked | {"evaluation.limit": 20}, model=run)
+    with pytest.raises(LookupError, match=r"^20 problems"):
+        igrpo_jax.evaluate_model(limited, run, tmp_path / "out")
+
+
+def test_the_line_above_an_answer_names_the_draft_that_it_was_shown():
+    row = {"sample_id": 1, "extracted": "7", "token_count": 9, "finished": True, "drafts": []}
+    assert generate.title(row) == "answer 2: 7 (9 tokens)"
+    refined = row | {"drafts": [0, 2], "extracted": None, "finished": False}
+    assert generate.title(refined) == "round 2, from draft 3, answer 2: states none (9 tokens, cut at the limit)"
+
+
 @pytest.fixture
 def dated_model(model, tmp_path):
     """The tiny Llama with a template that writes the day, and a mark that can be set."""

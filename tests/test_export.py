@@ -179,6 +179,14 @@ def test_flags_that_can_not_be_followed(flags, said):
     assert said in error_of(export.main, ["export", *flags])
 
 
+def test_a_repository_is_private_unless_public_is_given(monkeypatch):
+    calls = []
+    monkeypatch.setattr(export, "export", lambda *given: calls.append(given))
+    for flags in ([], ["--public"]):
+        export.main(["export", "--workdir=w", "--push=o/n", "--step=2", "--dtype=float32", *flags])
+    assert calls == [("w", None, 2, False, "float32", "o/n", private) for private in (True, False)]
+
+
 @pytest.mark.slow(seconds=9)
 def test_a_run_and_an_export_are_put_into_a_repository(trained, tmp_path, monkeypatch, capsys):
     """A finished run that is asked to push goes on; an earlier step then replaces it, from no folder that stays."""
