@@ -24,6 +24,7 @@ from igrpo_jax.rewards.mathematics.nodes import (
     Sequence,
     Words,
 )
+from igrpo_jax.rewards.mathematics.tokens import latex, split, tokenize
 
 
 def same_answer(a: Node, b: Node) -> bool:
@@ -119,11 +120,22 @@ def _same_relation(a: Relation, b: Node) -> bool:
     if not isinstance(b, Relation) or a.sign != b.sign:
         return False
     if a.difference is None or b.difference is None:
-        return symbolic.equal(a.text, b.text)
+        return _same_sides(a.text, b.text) if a.sign == "=" else symbolic.equal(a.text, b.text)
     if a.sign in ("=", "ne"):
         return _same_equation(a.difference, b.difference)
     scale = exact.proportional(a.difference, b.difference)
     return scale is not None and scale > 0
+
+
+def _same_sides(a: str, b: str) -> bool:
+    """Returns whether computer algebra finds both sides of two equations equal. It reads the right ones alone as well.
+
+    So 1 + \\int f = 5 would pass for 2 + \\int f = 5.
+    """
+    sides = [[latex(side) for side in split(tokenize(text), {"="})[0]] for text in (a, b)]
+    if len(sides[0]) != len(sides[1]):
+        return False
+    return any(all(map(symbolic.equal, sides[0], others)) for others in (sides[1], sides[1][::-1]))
 
 
 def _same_equation(a: Value, b: Value) -> bool:

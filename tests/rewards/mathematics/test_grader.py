@@ -18,6 +18,10 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # equations that only sympy reads
+    (r"\sum_{k=1}^n a_k + 1 = 5", r"1 + \sum_{k=1}^n a_k = 5"),
+    (r"\sum_{k=1}^n a_k + 1 = 5", r"5 = \sum_{k=1}^n a_k + 1"),
+    (r"\int_0^2 f - 2 = b + 5", r"\int_0^2 f - 2 = 5 + b"),
     (r"50.0\%", "50"),
     (r"\frac13 \approx 33.3\%", r"33.3\%"),
     (r"33.3\% \approx \frac13", "1/3"),
@@ -1588,6 +1592,22 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # what is written by half, or has no value
+    (r"4^{\log_3 7}", r"4^{\log_2 7}"),
+    (r"\arcsin(-2)", r"\arcsin(-1)"),
+    ("x_ + x_2", "x_1 + x_2"),
+    ("y=2x+{1", "y-2x-1=0"),
+    (r"\begin{pmatriy}1&2\\3&4\end{pmatriy}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\begin{bmatrix} 0 & 1 \\ 0 & end{bmatrix}", r"\begin{pmatrix}0&1\\0&2\end{pmatrix}"),
+    (r"\begin{-matrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\langle,-1,2\rangle", "<3,-1,2>"),
+    ("C:D[", "C"),
+    (r"\frac35 kg", "3:5"),
+    # equations that only sympy reads
+    (r"\int_0^2 f - 2 = 5", r"\int_0^1 f - 1 = 5"),
+    (r"\sum_{k=1}^n a_k + 1 = 5", r"\sum_{k=1}^n a_k + 2 = 5"),
+    (r"\sum_{k=1}^n a_k + 1 = 5", r"\sum_{k=1}^m a_k + 1 = 5"),
+    (r"\sum_{k=1}^n a_k + 1 = 5", "5"),
     ("x^2 < 4", "x^3 < 4"),
     (r"\frac{1}{x+1} < 2", r"x > -\frac12"),
     ("x + k\\pi", "x + k\\pi + \\pi"),
