@@ -536,7 +536,7 @@ def test_a_step_that_is_evaluated_after_a_resume_may_be_the_best(tmp_path, monke
     said = capsys.readouterr().out
     assert "eval/arithmetic/pass@1 0.900 at step 1, the best so far\n" in said
     assert "learning rate" not in said
-    idle = "warm_start.batch_size, warm_start.learning_rate: need warm_start.steps above 0"
+    idle = "warm_start.batch_size, warm_start.learning_rate: need model.path to be empty and warm_start.steps above 0"
     assert re.search(rf"\n  without effect +{idle}\n", said)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
     written = [row for row in rows(tmp_path) if "eval/arithmetic/pass@1" in row]
