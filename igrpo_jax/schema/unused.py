@@ -56,8 +56,7 @@ NEEDS = (
     ),
     Need(("evaluation.drafts",), "evaluation.rounds above 0", lambda c: c.evaluation.rounds > 0),
 )
-
-
+# Sections that a run of reinforcement learning reads, and one of SFT; of others nothing has an effect there.
 RUN = ("model", "data", "warm_start", "algorithm", "rewards", "learner", "optimizer", "evaluation")
 SFT_RUN = ("model", "data", "sft", "optimizer")
 
@@ -66,7 +65,7 @@ def unused(config: "Config", sections: Sequence[str] = RUN) -> list[str]:
     """Returns a text for each need that is not met: the settings without effect that are not the default, and it.
 
     Args:
-        sections: what the run reads; others would have no effect with what they need either.
+        sections: those that the run reads.
     """
     cls, default, texts = type(config), type(config)(), []
     paths = [path for path in fields.field_paths(cls) if not fields.setting_at(cls, path).is_section]
