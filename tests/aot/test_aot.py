@@ -361,6 +361,20 @@ def test_a_team_that_is_a_part_of_the_slice(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "drafted"),
+    [
+        ({}, 24 + 9),  # a draft of the longest completion, and what stands around it
+        ({"algorithm.num_drafts": 0}, 0),
+        ({"refine.max_draft_length": 200}, 24 + 9),  # no draft is longer than a completion
+        ({"refine.max_draft_length": 5}, 5 + 9),
+    ],
+)
+def test_the_longest_prompt_is_that_with_a_draft(fields, drafted):
+    made = footprint.prepare(whole_runs.settings(**{"mesh.fsdp": 1, **fields}), aot.topology("v5e:2x2")[:1])
+    assert made.longest_prompt == 32 + drafted == made.engine.sizes.longest_prompt
+
+
 def test_between_slices_goes_the_gradient_alone():
     """With a weight that is split within each of two slices, and a batch over both: one float32 sum of its shards."""
     mesh = sharding.make_mesh(config.MeshConfig(data=2), aot.topology("v5e:2x2", 2))
