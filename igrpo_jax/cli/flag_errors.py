@@ -8,7 +8,7 @@ from absl import flags
 
 from igrpo_jax.config import Config
 from igrpo_jax.errors import one_line
-from igrpo_jax.schema.fields import field_paths, paths_named, setting_at
+from igrpo_jax.schema.fields import field_paths, leaf_paths, paths_named
 
 # What absl says of a value, and what the value must be instead.
 _KINDS = {"literal for int": "a whole number", "Non-boolean": "True or False"}
@@ -39,7 +39,7 @@ def _unknown_flag(name: str, known: list[str]) -> str:
     if paths:
         meant = " or ".join(path if path.startswith("--") else f"--config.{path}" for path in paths)
         return f"--{name}: no such flag; did you mean {meant}"
-    single = [path for path in settings if not setting_at(Config, path).is_section]
+    single = leaf_paths(Config) if settings else []
     flag_of = {path.rpartition(".")[2]: f"--config.{path}" for path in single} | {flag: f"--{flag}" for flag in known}
     if near := difflib.get_close_matches(named, flag_of, n=1, cutoff=0.7):
         return f"--{name}: no such flag; the nearest is {flag_of[near[0]]}"

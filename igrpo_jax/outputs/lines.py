@@ -9,15 +9,18 @@ from igrpo_jax.records import Completion, Group
 
 # The parts of a text in order, each with its wording, metric and format. A part whose metric is missing is left out.
 Parts = Sequence[tuple[str, str, str]]
-STEP: Parts = (
-    ("solved", "rewards/accuracy/mean", ".3f"),
-    ("drafts solved", "draft/accuracy", ".3f"),
+_IN_BOTH: Parts = (
     ("verdicts right", "verify/accuracy", ".3f"),
     ("reward", "reward", ".3f"),
     ("loss", "sft/loss", ".4f"),
     ("with a draft", "sft/draft_frac", ".2f"),
     ("entropy", "entropy", ".3f"),
     ("length", "completions/mean_length", ".0f"),
+)
+STEP: Parts = (
+    ("solved", "rewards/accuracy/mean", ".3f"),
+    ("drafts solved", "draft/accuracy", ".3f"),
+    *_IN_BOTH,
     ("draft length", "draft/mean_length", ".0f"),
 )
 SOLVED: Parts = (
@@ -26,12 +29,7 @@ SOLVED: Parts = (
     ("fixed", "refine/fixed", ".3f"),
     ("broken", "refine/broken", ".3f"),
     ("copied", "refine/copy_ratio", ".2f"),
-    ("verdicts right", "verify/accuracy", ".3f"),
-    ("reward", "reward", ".3f"),
-    ("loss", "sft/loss", ".4f"),
-    ("with a draft", "sft/draft_frac", ".2f"),
-    ("entropy", "entropy", ".3f"),
-    ("length", "completions/mean_length", ".0f"),
+    *_IN_BOTH,
 )
 TIME: Parts = (
     ("rollout", "perf/rollout_time", ".1f"),

@@ -242,14 +242,20 @@ def _facts(run: RecordedRun) -> list[str]:
         kind = "supervised fine-tuning" if run.is_sft else f"{run.setting('algorithm.loss_type')}, {counts}"
         unit = "examples" if run.is_sft else "prompts"
         facts += [kind, f"{run.setting('prompts_per_step')} {unit} a step"]
-    if seconds := run.curve("perf/step_time"):
-        facts.append(f"{np.median(seconds.values):.3g} s a step, {duration(seconds.values.sum())} of steps in all")
+    if times := step_times(run):
+        facts.append(f"{times[0]} a step, {times[1]} of steps in all")
     if ends := run.curve("perf/wall_time"):
         facts.append(f"last row {datetime.fromtimestamp(ends.values[-1]):%Y-%m-%d %H:%M}")
     return facts
 
 
-def duration(seconds: float) -> str:
+def step_times(run: RecordedRun) -> tuple[str, str] | None:
+    """Returns the median time of a step and the time of all steps, as text; None if no step has a time."""
+    seconds = run.curve("perf/step_time").values
+    return (f"{np.median(seconds):.3g} s", _duration(seconds.sum())) if len(seconds) else None
+
+
+def _duration(seconds: float) -> str:
     """Returns a time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -1,11 +1,9 @@
 """What a report of several runs says of each against the first: the single shot, problem by problem, and the budget."""
 
-import numpy as np
-
 from igrpo_jax.evaluation.comparison import Paired
 from igrpo_jax.outputs.evaluation_settings import evaluation_folder
 from igrpo_jax.report.runs import RecordedRun
-from igrpo_jax.report.summary import Change, compared_folders, duration, paired_text
+from igrpo_jax.report.summary import Change, compared_folders, paired_text, step_times
 
 
 def sentences(first: RecordedRun, run: RecordedRun) -> list[str]:
@@ -25,10 +23,9 @@ def sentences(first: RecordedRun, run: RecordedRun) -> list[str]:
 def totals(run: RecordedRun) -> list[Change]:
     """Returns what a run has taken so far, as rows of the table of several runs."""
     tokens = [run.curve(f"perf/{stage}_tokens").values.sum() for stage in ("draft", "completion")]
-    seconds = run.curve("perf/step_time").values
     texts = {"tokens sampled": f"{sum(tokens):,.0f}" if any(tokens) else ""}
-    if len(seconds):
-        texts |= {"time of a step, median": f"{np.median(seconds):.3g} s", "time of all steps": duration(seconds.sum())}
+    if times := step_times(run):
+        texts |= dict(zip(("time of a step, median", "time of all steps"), times, strict=True))
     return [Change(name, "", "", text, "", "") for name, text in texts.items() if text]
 
 

@@ -97,6 +97,13 @@ def field_paths(cls: type, prefix: str = "") -> list[str]:
     return paths
 
 
+def leaf_paths(cls: type) -> list[str]:
+    """Returns the dotted names of all fields that are no sections."""
+    paths = field_paths(cls)
+    sections = {path.rpartition(".")[0] for path in paths}
+    return [path for path in paths if path not in sections]
+
+
 def check_path(cls: type, path: str) -> None:
     """Checks that a dotted name is that of a field.
 
@@ -119,8 +126,7 @@ def _meant(cls: type, path: str) -> str:
         return (in_group or (known if is_known_elsewhere else difflib.get_close_matches(path, known, 1, 0.0)))[0]
     paths = field_paths(cls)
     beside = {other.rpartition(".")[2]: other for other in paths if other.rpartition(".")[0] == group}
-    groups = {other.rpartition(".")[0] for other in paths}
-    single = {other.rpartition(".")[2]: other for other in paths if other not in groups}
+    single = {other.rpartition(".")[2]: other for other in leaf_paths(cls)}
     for names, cutoff in ((beside, 0.6), (single, 0.7)):
         if near := difflib.get_close_matches(name, names, 1, cutoff):
             return names[near[0]]

@@ -17,8 +17,8 @@ class Need(NamedTuple):
     is_met: Callable[["Config"], bool]
 
 
-# Not here: what the draft stage needs drafts for, because algorithm.num_drafts = 0 is how it is switched off, and what
-# evaluations need, which the run says beside its benchmarks.
+# Not here: what the draft stage needs drafts for, because algorithm.num_drafts = 0 is how it is switched off, and that
+# benchmarks need evaluation.every, which the run says beside them.
 NEEDS = (
     Need(("model.builtin",), "model.path to be empty", lambda c: not c.model.path),
     Need(("model.lora.alpha", "model.lora.targets"), "model.lora.rank above 0", lambda c: c.model.lora.rank > 0),
@@ -68,8 +68,7 @@ def unused(config: "Config", sections: Sequence[str] = RUN) -> list[str]:
         sections: those that the run reads.
     """
     cls, default, texts = type(config), type(config)(), []
-    paths = [path for path in fields.field_paths(cls) if not fields.setting_at(cls, path).is_section]
-    read = [path for path in paths if path.partition(".")[0] in sections]
+    read = [path for path in fields.leaf_paths(cls) if path.partition(".")[0] in sections]
     changed = [path for path in read if fields.value_at(config, path) != fields.value_at(default, path)]
     for need in NEEDS:
         idle = [path for path in changed if f"{path}.".startswith(tuple(f"{name}." for name in need.paths))]

@@ -354,18 +354,20 @@ def test_a_scheduler_draws_all_from_pages_that_hold_what_they_should(ranges, dat
     run(sizes, shards, ahead, zip(requests, calls, strict=True), totals)
 
 
+SIZES = Sizes(
+    shard_slots=4,
+    pages=10,
+    page_size=4,
+    length=12,
+    longest_prompt=8,
+    max_completion=4,
+    steps_per_dispatch=4,
+    prefill_chunk=64,
+)
+
+
 def test_a_prompt_begins_where_a_page_is_left_for_each_that_runs_or_waits():
-    sizes = Sizes(
-        shard_slots=4,
-        pages=10,
-        page_size=4,
-        length=12,
-        longest_prompt=8,
-        max_completion=4,
-        steps_per_dispatch=4,
-        prefill_chunk=64,
-    )
-    shard = Shard(sizes)
+    shard = Shard(SIZES)
     assert shard.can_begin(8) and not shard.can_begin(40)  # 2 pages and 1; 10 and 1
     shard.begin(QueuedSamples(request_of(0, 5, [4, 4]), deque([0, 1])))
     assert shard.pool.used == 2
@@ -430,14 +432,7 @@ def test_a_sample_that_begins_anew_does_not_stop_the_one_that_began_first():
 )
 def test_a_dispatch_goes_on_with_so_many_active_slots(running, queued, fewer, least):
     """Of 16 slots, 2 are free before it stops for samples that wait; else as many run as a smaller program has rows."""
-    sizes = Sizes(
-        shard_slots=16,
-        pages=9,
-        page_size=4,
-        length=12,
-        longest_prompt=8,
-        max_completion=4,
-        steps_per_dispatch=4,
-        prefill_chunk=64,
+    assert (
+        Scheduler(Engine(replace(SIZES, shard_slots=16, pages=9), 1, {}), 0)._min_active(running, queued, fewer)
+        == least
     )
-    assert Scheduler(Engine(sizes, 1, {}), 0)._min_active(running, queued, fewer) == least
