@@ -1,10 +1,12 @@
 """What the draft stage costs: GRPO with N + G samples against iGRPO with N drafts and G refinements, rollout only.
 
     python benchmarks/two_stage.py
+    python benchmarks/two_stage.py --right 0.5      # half of the answers are right
 
 Both draw completions of the same prescribed lengths: lognormal, mean 64, sigma 1, at most 256, one set for each of the
 seeds. iGRPO's first N are the drafts', and refinements see the prompt with the best draft in it. The verifier is the
-real one, on the decimal text of the ids. GRPO and iGRPO take turns. The last line is one JSON object; seconds are sums
+real one, on the decimal text of the ids; as many answers are right as --right says, whatever their length. GRPO and
+iGRPO take turns. The last line is one JSON object; seconds are sums
 over the seeds of the median over --steps:
 
     grpo_seconds            GRPO, --slots slots (default prompts x (N + G) / 2)
@@ -15,7 +17,8 @@ over the seeds of the median over --steps:
     ratio_to_best_grpo      igrpo_seconds over GRPO's at the better of the two slot counts
     stage_overlap_frac, slot_utilization, verify_wait_seconds   of streamed iGRPO, means over the seeds
     makespan_ratio          decode steps of iGRPO over GRPO's under perfect scheduling, by the lengths alone (each
-                            refinement waits for its prompt's longest draft, and for nothing else), mean over the seeds
+                            refinement waits for the longest of its prompt's drafts up to the first right one, and for
+                            nothing else), mean over the seeds
     ideal_ratio             the same in seconds, where a step of so many completions costs what it costs this engine
                             (measured, interpolated between its numbers of rows; no prefill, no dispatch): what no
                             schedule can beat
@@ -24,6 +27,7 @@ over the seeds of the median over --steps:
 import argparse
 import contextlib
 import dataclasses
+import zlib
 
 import models
 import rollout
@@ -38,6 +42,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=256, help="longest completion")
     parser.add_argument("--mean-length", type=int, default=64)
+    parser.add_argument("--right", type=float, default=0.0, help="fraction of the answers that are right")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--slots", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -51,7 +56,8 @@ class TokenRenderer:
     opening = ""
     answer = "7"  # the reference answer of every prompt
 
-    def __init__(self, prompts):
+    def __init__(self, args: argparse.Namespace, prompts):
+        self._right = args.right
         self._prompts = prompts
 
     def with_draft(self, question: str, draft, is_right=None):
@@ -60,7 +66,10 @@ class TokenRenderer:
         return np.concatenate([self._prompts[int(question)].tokens, draft])
 
     def text(self, tokens) -> str:
-        return "<answer>" + " ".join(map(str, tokens.tolist())) + "</answer>"
+        """Returns the ids, with the right answer after them or not; it follows from the ids alone."""
+        is_right = zlib.crc32(tokens.tobytes()) < self._right * 2**32
+        ids = " ".join(map(str, tokens.tolist()))
+        return f"{ids} <answer>{self.answer}</answer>" if is_right else f"<answer>{ids}</answer>"
 
 
 def settings(args: argparse.Namespace, drafts: int, generations: int, slots: int, streamed: bool):
@@ -76,6 +85,8 @@ def settings(args: argparse.Namespace, drafts: int, generations: int, slots: int
     tree.rollout.temperature = 1.0
     tree.rollout.slots = slots
     tree.rollout.streamed = streamed
+    # No grading is late on a busy machine: other rewards would keep another draft.
+    tree.rewards.format, tree.rewards.timeout = 0.0, 60.0
     return config.freeze(tree)
 
 
@@ -114,7 +125,6 @@ def make_stages(
     import jax
     import numpy as np
 
-    from igrpo_jax import config
     from igrpo_jax.learning.rollout import Rollout
     from igrpo_jax.models.config import from_hf
     from igrpo_jax.records import Prompt
@@ -146,9 +156,8 @@ def make_stages(
             rng = np.random.default_rng(0)
             tokens = rng.integers(17, cfg.vocab_size, (args.prompts, args.prompt_len), np.int32)
             self.prompts = [Prompt(str(i), i, str(i), renderer.answer, row) for i, row in enumerate(tokens)]
-            # No grading is late on a busy machine: other rewards would keep another draft.
-            self._verifier = Verifier(config.RewardsConfig(format=0.0, timeout=60.0))
-            self._rollout = Rollout(self.config, renderer(self.prompts), self.scheduler, self._verifier)
+            self._verifier = Verifier(self.config.rewards)
+            self._rollout = Rollout(self.config, renderer(args, self.prompts), self.scheduler, self._verifier)
             self.close = self._verifier.close
 
         def collect(self, params, lengths):
@@ -178,8 +187,17 @@ def step_costs(stages, params, prompt) -> tuple[list[int], list[float]]:
     return list(costs), list(costs.values())
 
 
-def ideal(args: argparse.Namespace, sets: list, slots: int, costs) -> tuple[float, float]:
-    """Returns steps and seconds of iGRPO over GRPO's under perfect scheduling, means over the seeds."""
+def awaited(groups) -> list[int]:
+    """Returns how many of each prompt's drafts Stage 2 waits for: those up to the first right one, or all."""
+    return [1 + group.kept if group.drafts[group.kept].score.is_right else len(group.drafts) for group in groups]
+
+
+def ideal(args: argparse.Namespace, sets: list, needed: list, slots: int, costs) -> tuple[float, float]:
+    """Returns steps and seconds of iGRPO over GRPO's under perfect scheduling, means over the seeds.
+
+    Args:
+        needed: of each seed, what `awaited` returns.
+    """
     import heapq
 
     import numpy as np
@@ -191,14 +209,15 @@ def ideal(args: argparse.Namespace, sets: list, slots: int, costs) -> tuple[floa
         return running
 
     ratios = []
-    for lengths in sets:
+    for lengths, counts in zip(sets, needed, strict=True):
         free, plain, staged = [0] * slots, [], []
         for n in lengths.ravel().tolist():
             start = heapq.heappop(free)
             plain.append((start, start + n - 1))
             heapq.heappush(free, start + n - 1)
-        for drafts, refined in zip(lengths[:, : args.drafts], lengths[:, args.drafts :], strict=True):
-            staged += [(0, n - 1) for n in drafts] + [(drafts.max() - 1, drafts.max() + n - 2) for n in refined]
+        for drafts, refined, count in zip(lengths[:, : args.drafts], lengths[:, args.drafts :], counts, strict=True):
+            start = drafts[:count].max() - 1
+            staged += [(0, n - 1) for n in drafts] + [(start, start + n - 1) for n in refined]
         grpo, igrpo = active(plain), active(staged)
         ratios.append((len(igrpo) / len(grpo), np.interp(igrpo, *costs).sum() / np.interp(grpo, *costs).sum()))
     return tuple(round(float(x), 3) for x in np.mean(ratios, axis=0))
@@ -220,16 +239,18 @@ def main() -> None:
             stages.engine.compile()
         params = models.random_params(stages_by_name["grpo"].cfg, stages_by_name["grpo"].mesh)
         seconds = {name: [[] for _ in range(args.seeds)] for name in stages_by_name}
-        watched = []
+        watched, needed = [], {}
         for again in range(args.steps + 1):  # the first time does not count
             for seed, lengths in enumerate(length_sets(args)):
                 for name, stages in stages_by_name.items():
-                    _, metrics = stages.collect(params, lengths)
+                    groups, metrics = stages.collect(params, lengths)
                     if again:
                         seconds[name][seed].append(metrics["perf/rollout_time"])
-                        watched += [metrics] * (name == "igrpo")
+                    if again and name == "igrpo":
+                        watched.append(metrics)
+                        needed[seed] = awaited(groups)
         costs = step_costs(stages_by_name["grpo"], params, stages_by_name["grpo"].prompts[0].tokens)
-    makespan, best_possible = ideal(args, length_sets(args), half, costs)
+    makespan, best_possible = ideal(args, length_sets(args), list(needed.values()), half, costs)
     total = {f"{name}_seconds": round(sum(map(models.median, each)), 4) for name, each in seconds.items()}
     best = min(total["grpo_seconds"], total["full_grpo_seconds"])
     mean = lambda name: round(sum(metrics[name] for metrics in watched) / len(watched), 4)

@@ -490,8 +490,11 @@ class RewardsConfig:
 
     @property
     def largest(self) -> float:
-        """The most that a completion can earn without custom rewards, whose values have no bound."""
-        return self.accuracy + self.format + self.judge.weight
+        """The most that a completion can earn without custom rewards, whose values have no bound.
+
+        It is rounded as the verifier rounds the reward of a completion that earns all of it.
+        """
+        return float(sum((self.accuracy, self.format, self.judge.weight)))
 
 
 @dataclass(frozen=True)

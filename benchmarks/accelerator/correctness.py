@@ -178,7 +178,7 @@ class Checked:
 
         args = argparse.Namespace(
             model=None, shape=self.shape, prompts=2, drafts=2, generations=2, prompt_len=16, new_tokens=16, slots=0,
-            mean_length=8, seeds=1, dtype="float32", steps=1,
+            mean_length=8, right=0.0, seeds=1, dtype="float32", steps=1,
         )  # fmt: skip
         (lengths,) = two_stage.length_sets(args)
         slots = -(-args.prompts * args.drafts // jax.device_count()) * jax.device_count()

@@ -1,5 +1,8 @@
 """What each prompt of a step does next, once a score has come: more drafts, refinements, or a fresh prompt.
 
+A prompt moves on to Stage 2 once its best draft is known. That is often before its last draft ends: no later draft can
+take the place of one with the largest possible reward.
+
 Departures from the paper, off by default: a draft other than the best is kept (`algorithm.draft_selection`), the best
 by a single reward (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting stops at the first draft,
 in the order of their numbers, with the largest possible reward (`algorithm.draft_early_stop`); and DAPO's dynamic
@@ -27,7 +30,8 @@ reference answer is 1 or 0. A prompt whose solutions are all right or all wrong 
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -74,6 +78,25 @@ def select_draft(
         wanted = is_right == (rng.random() < 0.5)
         known = known[wanted] if wanted.any() else known
     return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
+
+
+def best_is_known(drafts: Mapping[int, Completion], metric: str, largest: float) -> bool:
+    """Returns whether no draft that is still to come can be the best, the first one where several are equally good.
+
+    That holds once a draft has the largest possible value and all drafts before it are scored.
+
+    Args:
+        drafts: those that are scored, by their number.
+        metric: what is compared, as in `select_draft`.
+        largest: the largest possible value of `metric`.
+    """
+    in_order = itertools.takewhile(drafts.__contains__, itertools.count())
+    return any(filtering.value(drafts[number], metric) >= largest for number in in_order)  # NaN is not a success
+
+
+def needs_best_only(algorithm: AlgorithmConfig) -> bool:
+    """Returns whether Stage 2 depends on no draft but the best."""
+    return (algorithm.draft_selection, algorithm.draft_when, algorithm.second_stage) == ("best", "always", "refine")
 
 
 def needs_refinement(drafts: Collection[Completion], left: int, algorithm: AlgorithmConfig) -> bool:
@@ -163,7 +186,8 @@ class StageRunner:
         self._filter_metric = config.filter_groups_metric
         self._rollout = config.rollout
         self._seed = config.seed
-        self._largest = config.rewards.largest - 1e-6  # the margin absorbs rounding in the sum of the weights
+        self._largest = filtering.largest(config.rewards, config.algorithm.draft_metric)
+        self._needs_best_only = needs_best_only(config.algorithm)
         self._renderer = renderer
         self._scheduler = scheduler
         self._step = step
@@ -211,23 +235,29 @@ class StageRunner:
 
     def _draft_scored(self, progress: PromptProgress, draft: Completion) -> None:
         """Records a scored draft. Then asks for the next one, where they come one by one, or moves the prompt on."""
-        drafts = progress.drafts
+        drafts, algorithm = progress.drafts, self._algorithm
         drafts[draft.sample_id] = draft
-        if len(drafts) < self._num_drafts:
-            if not self._algorithm.draft_early_stop:
-                return
-            if not draft.score.reward >= self._largest:  # NaN is not a success
-                self._draft(progress, 1)
-                return
-        self._drafting.remove(progress.position.index)
-        if self._rollout.streamed:
+        is_known = best_is_known(drafts, algorithm.draft_metric, self._largest)
+        is_last = len(drafts) == self._num_drafts or (is_known and algorithm.draft_early_stop)
+        if is_last:
+            self._drafting.remove(progress.position.index)
+        elif algorithm.draft_early_stop:
+            self._draft(progress, 1)
+        if not self._rollout.streamed:
+            self._pass_barrier()
+        elif progress.context is not None:  # it is in Stage 2 already
+            self._complete(progress)
+        elif is_last or (is_known and self._needs_best_only):
             self._drafted(progress)
-        elif not self._drafting:
-            for waiting in [other for other in self._latest.values() if other.context is None]:
+
+    def _pass_barrier(self) -> None:
+        """Moves all prompts on that have drafted, once no prompt drafts any more."""
+        if not self._drafting:
+            for waiting in [progress for progress in self._latest.values() if progress.context is None]:
                 self._drafted(waiting)
 
     def _drafted(self, progress: PromptProgress) -> None:
-        """Moves on from a prompt whose drafts are all scored: to its Stage 2, or to a fresh prompt at its position."""
+        """Moves a prompt on, whose best draft is known: to its Stage 2, or to a fresh prompt at its position."""
         algorithm = self._algorithm
         if algorithm.second_stage == "verify":
             goes_on = needs_verification(progress.drafts.values())
@@ -278,9 +308,14 @@ class StageRunner:
         return self._renderer.with_draft(progress.prompt.question, draft.tokens, draft.score.is_right)
 
     def _refinement_scored(self, progress: PromptProgress, completion: Completion) -> None:
-        """Records a scored refinement. If it completes a group that is filtered out, a fresh prompt may be begun."""
+        """Records a scored refinement."""
         progress.completions[completion.sample_id] = completion
-        if len(progress.completions) < self._algorithm.num_generations * len(progress.contexts):
+        self._complete(progress)
+
+    def _complete(self, progress: PromptProgress) -> None:
+        """Once all samples of a prompt are scored, begins a fresh prompt in its place if its group is filtered out."""
+        wanted = self._algorithm.num_generations * len(progress.contexts)
+        if len(progress.completions) < wanted or progress.position.index in self._drafting:
             return
         if len(progress.contexts) > 1:
             self._left_out += keep_best_refined(progress, self._algorithm.draft_metric)
