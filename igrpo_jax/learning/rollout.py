@@ -4,8 +4,8 @@
 2. Keep the best draft, the first one where several are equally good, and splice it into the prompt: q'.
 3. Stage 2: sample G completions of q' from the same policy and score them with the same reward.
 
-No barrier separates the stages: a prompt moves on to Stage 2 as soon as its own drafts are scored, while others still
-draft (`rollout.streamed = False` has a barrier, for comparisons). `num_drafts = 0` is the base algorithm through the
+No barrier separates the stages: a prompt moves on to Stage 2 as soon as its best draft is known, while others are still
+drawn (`rollout.streamed = False` has a barrier, for comparisons). `num_drafts = 0` is the base algorithm through the
 same code: Stage 2 on the plain prompt.
 
 What departs from the paper, off by default, is in `stages`.
