@@ -1,7 +1,7 @@
 """What each prompt of a step does next, once a score has come: more drafts, refinements, or a fresh prompt.
 
-A prompt moves on to Stage 2 once its best draft is known. That is often before its last draft ends: no later draft can
-take the place of one with the largest possible reward.
+A prompt moves on as soon as no draft that is still to be scored can change what follows, which is often before its last
+draft ends: no later draft can take the place of one with the largest possible reward.
 
 Departures from the paper, off by default: a draft other than the best is kept (`algorithm.draft_selection`), the best
 by a single reward (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting stops at the first draft,
@@ -30,16 +30,16 @@ reference answer is 1 or 0. A prompt whose solutions are all right or all wrong 
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from igrpo_jax.config import AlgorithmConfig, Config
+from igrpo_jax.config import Config
 from igrpo_jax.learning import exchange, filtering
 from igrpo_jax.learning.exchange import StepPosition
+from igrpo_jax.learning.selection import best_is_known, is_solved, needs_verification, select_draft
 from igrpo_jax.records import VERDICTS, Completion, Group, Prompt
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -50,74 +50,6 @@ if TYPE_CHECKING:
 
 STAGES = {"draft": 1, "refine": 2, "verify": 2}
 DROPOUT, SELECTION = 0xD20B, 0x5E1E  # tags of the random streams that drop and select drafts
-
-
-# Index of the draft to keep among the rewards [K] of those with a verdict; the first one where several are equal.
-_SELECT: dict[str, Callable[[np.ndarray, np.random.Generator], int]] = {
-    "best": lambda rewards, rng: int(np.argmax(rewards)),
-    "worst": lambda rewards, rng: int(np.argmin(rewards)),
-    "first": lambda rewards, rng: 0,
-    "random": lambda rewards, rng: int(rng.integers(len(rewards))),
-    "refined": lambda rewards, rng: int(np.argmax(rewards)),  # where nothing is refined yet
-    "balanced": lambda rewards, rng: int(rng.integers(len(rewards))),  # among those that `select_draft` leaves
-}
-
-
-def select_draft(
-    drafts: Sequence[Completion], selection: str, rng: np.random.Generator, metric: str = "reward"
-) -> int | None:
-    """Returns the index of the draft that q' shows, by algorithm.draft_selection; None if no draft has a verdict.
-
-    Args:
-        metric: what is compared (algorithm.draft_metric); a draft that lacks this reward has no verdict.
-    """
-    rewards = np.array([filtering.value(draft, metric) for draft in drafts])
-    (known,) = np.nonzero(~np.isnan(rewards))
-    if selection == "balanced":
-        is_right = np.array([draft.score.is_right for draft in drafts])[known]
-        wanted = is_right == (rng.random() < 0.5)
-        known = known[wanted] if wanted.any() else known
-    return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
-
-
-def best_is_known(drafts: Mapping[int, Completion], metric: str, largest: float) -> bool:
-    """Returns whether no draft that is still to come can be the best, the first one where several are equally good.
-
-    That holds once a draft has the largest possible value and all drafts before it are scored.
-
-    Args:
-        drafts: those that are scored, by their number.
-        metric: what is compared, as in `select_draft`.
-        largest: the largest possible value of `metric`.
-    """
-    in_order = itertools.takewhile(drafts.__contains__, itertools.count())
-    return any(filtering.value(drafts[number], metric) >= largest for number in in_order)  # NaN is not a success
-
-
-def needs_best_only(algorithm: AlgorithmConfig) -> bool:
-    """Returns whether Stage 2 depends on no draft but the best."""
-    return (algorithm.draft_selection, algorithm.draft_when, algorithm.second_stage) == ("best", "always", "refine")
-
-
-def needs_refinement(drafts: Collection[Completion], left: int, algorithm: AlgorithmConfig) -> bool:
-    """Returns whether algorithm.draft_when = "unsolved" refines a prompt: it has no or too few right drafts.
-
-    Args:
-        drafts: all N drafts of the prompt; one without a verdict is not right.
-        left: completions that its position may still sample; with fewer than G the prompt is not refined.
-    """
-    right = sum(draft.score.is_right for draft in drafts)
-    is_solved = right > 0 and right >= algorithm.solved_fraction * len(drafts)
-    return left >= algorithm.num_generations and not is_solved
-
-
-def needs_verification(drafts: Collection[Completion]) -> bool:
-    """Returns whether algorithm.second_stage = "verify" verifies a prompt.
-
-    It does where, of the prompt's drafts with a verdict, some are right and some are wrong. Self-Verification
-    (2506.01369) gives all other prompts the weight 0.
-    """
-    return len({draft.score.is_right for draft in drafts if not np.isnan(draft.score.reward)}) == 2
 
 
 @dataclass
@@ -187,14 +119,13 @@ class StageRunner:
         self._rollout = config.rollout
         self._seed = config.seed
         self._largest = filtering.largest(config.rewards, config.algorithm.draft_metric)
-        self._needs_best_only = needs_best_only(config.algorithm)
         self._renderer = renderer
         self._scheduler = scheduler
         self._step = step
         self._prompts = prompts
         self._count = len(prompts(0))
         self._keys = {stage: stage_key(config.seed, step, number) for stage, number in STAGES.items()}
-        self._drafting: set[int] = set()  # positions whose drafts are not all scored
+        self._drafting: set[StepPosition] = set()  # of prompts whose drafts are not all scored
         # The latest prompt of each position of this process.
         self._latest = {
             index: PromptProgress(prompts(0)[index], StepPosition(index), left=config.algorithm.num_generations)
@@ -224,9 +155,11 @@ class StageRunner:
         dropped = algorithm.draft_dropout > 0 and self._rng(progress, DROPOUT).random() < algorithm.draft_dropout
         if dropped or not self._num_drafts:
             self._start_second(progress)
-        else:
-            self._drafting.add(progress.position.index)
-            self._draft(progress, 1 if algorithm.draft_early_stop else self._num_drafts)
+            return
+        self._drafting.add(progress.position)
+        self._draft(progress, 1 if algorithm.draft_early_stop else self._num_drafts)
+        if self._is_decided(progress):
+            self._drafted(progress)
 
     def _draft(self, progress: PromptProgress, samples: int) -> None:
         """Queues more drafts of a prompt."""
@@ -235,19 +168,17 @@ class StageRunner:
 
     def _draft_scored(self, progress: PromptProgress, draft: Completion) -> None:
         """Records a scored draft. Then asks for the next one, where they come one by one, or moves the prompt on."""
-        drafts, algorithm = progress.drafts, self._algorithm
+        drafts, early_stop = progress.drafts, self._algorithm.draft_early_stop
         drafts[draft.sample_id] = draft
-        is_known = best_is_known(drafts, algorithm.draft_metric, self._largest)
-        is_last = len(drafts) == self._num_drafts or (is_known and algorithm.draft_early_stop)
-        if is_last:
-            self._drafting.remove(progress.position.index)
-        elif algorithm.draft_early_stop:
+        if len(drafts) == self._num_drafts or (early_stop and self._best_is_known(progress)):
+            self._drafting.remove(progress.position)
+        elif early_stop:
             self._draft(progress, 1)
         if not self._rollout.streamed:
             self._pass_barrier()
-        elif progress.context is not None:  # it is in Stage 2 already
+        elif progress.context is not None:  # it has moved on already
             self._complete(progress)
-        elif is_last or (is_known and self._needs_best_only):
+        elif self._is_decided(progress):
             self._drafted(progress)
 
     def _pass_barrier(self) -> None:
@@ -256,15 +187,34 @@ class StageRunner:
             for waiting in [progress for progress in self._latest.values() if progress.context is None]:
                 self._drafted(waiting)
 
+    def _is_decided(self, progress: PromptProgress) -> bool:
+        """Returns whether no draft that is still to be scored can change what follows the drafts of a prompt."""
+        if progress.position not in self._drafting:
+            return True
+        if self._algorithm.draft_when == "unsolved":
+            return not self._refines(progress)  # more drafts don't make a solved prompt unsolved
+        return self._algorithm.draft_selection == "best" and self._best_is_known(progress)
+
+    def _best_is_known(self, progress: PromptProgress) -> bool:
+        return best_is_known(progress.drafts, self._algorithm.draft_metric, self._largest)
+
+    def _refines(self, progress: PromptProgress) -> bool:
+        """Returns whether a prompt with these drafts is refined, by algorithm.draft_when.
+
+        With "unsolved" it has no or too few right drafts, and its position has G completions left.
+        """
+        if self._algorithm.draft_when == "always":
+            return True
+        has_left = progress.left >= self._algorithm.num_generations
+        return has_left and not is_solved(progress.drafts.values(), self._algorithm)
+
     def _drafted(self, progress: PromptProgress) -> None:
-        """Moves a prompt on, whose best draft is known: to its Stage 2, or to a fresh prompt at its position."""
+        """Moves a prompt on for which that is decided: to its Stage 2, or to a fresh prompt at its position."""
         algorithm = self._algorithm
         if algorithm.second_stage == "verify":
             goes_on = needs_verification(progress.drafts.values())
-        elif algorithm.draft_when == "unsolved":
-            goes_on = needs_refinement(progress.drafts.values(), progress.left, algorithm)
         else:
-            goes_on = True
+            goes_on = self._refines(progress)
         if goes_on:
             self._start_second(progress)
             return
@@ -315,7 +265,7 @@ class StageRunner:
     def _complete(self, progress: PromptProgress) -> None:
         """Once all samples of a prompt are scored, begins a fresh prompt in its place if its group is filtered out."""
         wanted = self._algorithm.num_generations * len(progress.contexts)
-        if len(progress.completions) < wanted or progress.position.index in self._drafting:
+        if len(progress.completions) < wanted or progress.position in self._drafting:
             return
         if len(progress.contexts) > 1:
             self._left_out += keep_best_refined(progress, self._algorithm.draft_metric)

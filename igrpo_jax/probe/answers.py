@@ -22,7 +22,8 @@ from igrpo_jax.config import Config
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.distributed import watchdog
 from igrpo_jax.evaluation.results import Rows, drop_failed
-from igrpo_jax.learning.stages import SELECTION, STAGES, select_draft
+from igrpo_jax.learning.selection import select_draft
+from igrpo_jax.learning.stages import SELECTION, STAGES
 from igrpo_jax.models import decoder
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.files import number

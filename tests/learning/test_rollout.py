@@ -5,6 +5,7 @@ import math
 import threading
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,15 +22,8 @@ from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import credit, exchange, filtering, objectives, stages
 from igrpo_jax.learning.exchange import RolloutPart, StepPosition
 from igrpo_jax.learning.rollout import Rollout, _usage_metrics
-from igrpo_jax.learning.stages import (
-    PromptProgress,
-    best_is_known,
-    keep_best_refined,
-    needs_best_only,
-    needs_refinement,
-    needs_verification,
-    select_draft,
-)
+from igrpo_jax.learning.selection import best_is_known, is_solved, needs_verification, select_draft
+from igrpo_jax.learning.stages import PromptProgress, keep_best_refined
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import VERDICTS, Candidate, Completion, Prompt, Score
 from igrpo_jax.rewards.failures import VerifierError
@@ -650,26 +644,34 @@ class Inaccurate(StubVerifier):
         return replace(super()._grade(text, answer, delay), rewards={"accuracy": 0.0})
 
 
-class Held(Inaccurate):
-    """Gives no score of the drafts `held` before all refinements of their question, which is `answer`, are scored."""
+class Held:
+    """Gives no score of some texts before others are scored.
 
-    def __init__(self, drafts, held):
+    Args:
+        held: by answer, texts that wait.
+        until: by answer, another (or the same) answer, and how many texts with that one must be scored first.
+    """
+
+    def __init__(self, held, until):
         super().__init__(delay=0.0)
-        self._drafts, self._held = drafts, held  # the texts by question: all drafts, and those that wait
-        self._refined = {question: threading.Event() for question in held}
-        self._left = dict.fromkeys(held, G)
-        self.waited = []  # of each score that was held, whether the refinements came
+        self._held, self._until = held, until
+        self._scored, self._news = Counter(), threading.Condition()
+        self.waited = []  # of each text that waited, whether the others came
 
     def _grade(self, text, answer, delay):
         if text in self._held.get(answer, ()):
-            self.waited.append(self._refined[answer].wait(20))
+            other, count = self._until[answer]
+            with self._news:
+                self.waited.append(self._news.wait_for(lambda: self._scored[other] >= count, 20))
         score = super()._grade(text, answer, delay)
-        if answer in self._held and text not in self._drafts[answer]:
-            with self._lock:
-                self._left[answer] -= 1
-            if not self._left[answer]:
-                self._refined[answer].set()
+        with self._news:
+            self._scored[answer] += 1
+            self._news.notify_all()
         return score
+
+
+class HeldInaccurate(Held, Inaccurate):
+    pass
 
 
 @pytest.mark.parametrize("redraws", [0, 1])
@@ -681,10 +683,10 @@ def test_a_prompt_is_refined_once_no_other_draft_can_be_the_best(collect, rollou
     by_answer = [replace(prompt, answer=prompt.question) for prompt in prompts]
     wanted = {"wanted": by_answer, "fresh": lambda redraw: prompts, "algorithm__max_redraws": redraws}
     expected, metrics = collect(Inaccurate(delay=0.0), rollout__streamed=False, **wanted)
-    drafts = {group.prompt.question: [one.text for one in group.drafts] for group in rollout[0]}
     certain = [group for group in rollout[0] if group.drafts[group.kept].score.reward == 2 and group.kept + 1 < N]
-    held = {group.prompt.question: drafts[group.prompt.question][group.kept + 1 :] for group in certain}
-    verifier = Held(drafts, held)
+    held = {group.prompt.question: [one.text for one in group.drafts[group.kept + 1 :]] for group in certain}
+    until = {question: (question, N - len(texts) + G) for question, texts in held.items()}
+    verifier = HeldInaccurate(held, until)
     groups, repeated = collect(verifier, **wanted)
     assert len(held) > 2 and len(verifier.waited) == sum(map(len, held.values())) and all(verifier.waited)
     for ours, theirs in zip(groups, expected, strict=True):
@@ -706,14 +708,6 @@ def test_when_the_best_draft_is_known(rewards, known):
     drafts = dict(zip(rewards, drafts_with(rewards.values()), strict=True))
     assert best_is_known(drafts, "reward", 2.0) == known
     assert not best_is_known(drafts, "reward", math.inf)
-
-
-def test_what_depends_on_all_drafts():
-    """Stage 2 begins before the last draft is scored only where no later draft can change anything in it."""
-    assert needs_best_only(settings().algorithm)
-    others = [("draft_selection", each) for each in ("worst", "first", "random", "refined", "balanced")]
-    for name, value in [*others, ("draft_when", "unsolved"), ("second_stage", "verify")]:
-        assert not needs_best_only(replace(settings().algorithm, **{name: value}))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0), (0.1, 0.2, 0.7), (0.3, 0.3, 0.1), (0.0, 0.7, 0.1)])
@@ -789,6 +783,32 @@ def test_only_prompts_without_a_right_draft_are_refined(collect, prompts, stream
     assert (metrics["unsolved/prompts"], metrics["unsolved/refined"]) == (len(groups), refined)
 
 
+class HeldHard(Held, Hard):
+    pass
+
+
+def test_a_solved_prompt_gives_its_position_up_at_once(collect, prompts):
+    """Its other draft is scored last, and so are those of the first fresh prompt. Nothing that comes out changes."""
+    named = [[replace(prompt, answer=f"{redraw} {prompt.question}") for prompt in prompts] for redraw in range(3)]
+    wanted = UNSOLVED | {"wanted": named[0], "fresh": named.__getitem__}
+    expected, metrics = collect(Hard(delay=0.0), rollout__streamed=False, **wanted)
+    chains = [chain for chain in by_position(expected, named[0]) if len(chain) == 3]
+    held, until = {}, {}
+    for solved, first, second in chains:
+        right = next(draft for draft in solved.drafts if draft.score.is_right)
+        held[solved.prompt.answer] = [draft.text for draft in solved.drafts if draft is not right]
+        held[first.prompt.answer] = [draft.text for draft in first.drafts]
+        until |= dict.fromkeys((solved.prompt.answer, first.prompt.answer), (second.prompt.answer, 2))
+    verifier = HeldHard(held, until)
+    groups, repeated = collect(verifier, **wanted)
+    assert len(verifier.waited) == 3 * len(chains) > 3 and all(verifier.waited)
+    assert len(groups) == len(expected)
+    for ours, theirs in zip(groups, expected, strict=True):
+        same(ours, theirs)
+    for name in ("perf/draft_tokens", "perf/completion_tokens", "unsolved/prompts"):
+        assert repeated[name] == metrics[name]
+
+
 def test_a_position_that_drafts_all_its_completions(collect, prompts):
     """Every answer is right: three prompts at each position, and the update has no refinements at all."""
 
@@ -807,26 +827,20 @@ def test_a_position_that_drafts_all_its_completions(collect, prompts):
 
 
 @pytest.mark.parametrize(
-    ("right", "left", "refines"),
-    [([0, 0], 4, True), ([0, 1], 4, False), ([0, 0], 3, False), ([math.nan, 0], 4, True), ([2, 2], 9, False)],
+    ("fraction", "right", "solved"),
+    [
+        *[(0.0, [0, 0], False), (0.0, [0, 1], True), (0.0, [math.nan, 0], False), (0.0, [2, 2], True)],
+        *[(0.5, [1, 0], True), (0.6, [1, 0], False), (1.0, [1, 0], False), (1.0, [1, 1], True)],
+        *[(0.0, [], False), (0.5, [1], True), (0.6, [1], False), (0.0, [0], False)],  # of 2, some are not scored yet
+    ],
 )
-def test_which_prompts_are_refined(right, left, refines):
+def test_which_prompts_are_solved(fraction, right, solved):
+    """One right draft is enough, or a fraction of all N = 2 of them."""
     drafts = [
         replace(draft, score=replace(draft.score, rewards={"accuracy": x}))
         for draft, x in zip(drafts_with(right), right, strict=True)
     ]
-    assert needs_refinement(drafts, left, settings().algorithm) == refines
-
-
-@pytest.mark.parametrize(("fraction", "refines"), [(0.0, False), (0.5, False), (0.6, True), (1.0, True)])
-def test_a_prompt_may_need_several_right_drafts_to_be_solved(fraction, refines):
-    drafts = [
-        replace(draft, score=replace(draft.score, rewards={"accuracy": draft.score.reward}))
-        for draft in drafts_with([1, 0])
-    ]
-    chosen = settings(algorithm__solved_fraction=fraction).algorithm
-    assert needs_refinement(drafts, 4, chosen) == refines
-    assert needs_refinement(drafts[1:], 4, chosen)
+    assert is_solved(drafts, settings(algorithm__num_drafts=2, algorithm__solved_fraction=fraction).algorithm) == solved
 
 
 VERIFYING = {

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from builders import completion
 
-from igrpo_jax.learning import objectives, stages
+from igrpo_jax.learning import objectives
+from igrpo_jax.learning.selection import select_draft
 from igrpo_jax.probe import draft_signal
 from igrpo_jax.probe.draft_signal import igrpo_counts, kept_right, right_counts, signal, snr_ratio
 
@@ -217,7 +218,7 @@ def test_the_kept_draft_is_that_of_the_package(selection):
     for outcome in itertools.product((0.0, 1.0), repeat=3):
         drafts = [completion("draft", number, [1], accuracy=reward) for number, reward in enumerate(outcome)]
         picked = [
-            outcome[stages.select_draft(drafts, selection, np.random.default_rng(seed))]
+            outcome[select_draft(drafts, selection, np.random.default_rng(seed))]
             for seed in range(400 if selection == "random" else 1)
         ]
         probability += math.prod(p if reward else 1 - p for reward in outcome) * np.mean(picked)
