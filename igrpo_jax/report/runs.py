@@ -139,7 +139,11 @@ def _read(folder: Path, name: str) -> RecordedRun:
     skipped = sorted(set(range(min(steps), max(steps))) - steps) if steps else []
     if skipped:
         notes.append(f"metrics.jsonl has no row of {counted(len(skipped), 'step')}: {_ranges(skipped)}")
-    return RecordedRun(name, folder, config, sorted(steps), metrics, nulls, samples, notes)
+    run = RecordedRun(name, folder, config, sorted(steps), metrics, nulls, samples, notes)
+    if run.setting("algorithm.beta") == 0:  # rows have a 0 that was not measured
+        for metric in [metric for metric in metrics if metric.rpartition("/")[2] == "kl"]:
+            del metrics[metric]
+    return run
 
 
 def whole_rows(path: Path) -> Iterator[dict[str, Any] | None]:

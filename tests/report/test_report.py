@@ -432,7 +432,7 @@ def test_panels_of_one_run(made_runs):
     run = read(made_runs[0])
     found = by_file([run])
     assert list(found)[:4] == ["solve_rate", "evaluation_made_up", "reward_format", "reward"]
-    others = "moves copying zero_variance loss kl learning_rate entropy lengths truncated clip_fraction gradient_norm"
+    others = "moves copying zero_variance loss learning_rate entropy lengths truncated clip_fraction gradient_norm"
     others = f"reward_std {others} verifier time slots".split()
     assert [name for name in list(found)[4:] if not name.startswith("other_")] == others
     axes, lines, texts = drawn(found["solve_rate"], [run])
@@ -496,6 +496,14 @@ def test_what_people_look_for_has_a_plot(tmp_path):
     assert places == wanted
     assert [panel.title for panel in sections[table.OTHER]] == ["a user's own"]
     assert not sections[table.OTHER][0].drawn
+
+
+@pytest.mark.parametrize(("beta", "drawn"), [(0.0, False), (0.01, True), (None, True)])
+def test_a_kl_that_is_not_measured_is_not_drawn(tmp_path, beta, drawn):
+    """Rows of a run with algorithm.beta = 0 have a KL of 0; of a run without a config.json nobody knows."""
+    rows = [{"step": 1, "loss": 0.0, "kl": 0.0, "draft/kl": 0.0}]
+    config = None if beta is None else {"algorithm": {"beta": beta}}
+    assert ("kl" in by_file([read(write(tmp_path / "run", rows, config))])) == drawn
 
 
 def test_the_parts_of_a_step_add_up_to_its_time(tmp_path):
@@ -736,7 +744,7 @@ def test_a_report_is_whole_and_names_nothing_outside(made_runs, tmp_path, monkey
             assert link == "data:," or (out / link.partition("#")[0]).is_file(), link
     index = Page(out / "index.html")
     assert "step 6 of 6" in index.text and "Single-shot pass@1 on made_up" in index.text
-    assert index.tags.count("img") == len(list((out / "plots").glob("*.dark.png"))) == 19
+    assert index.tags.count("img") == len(list((out / "plots").glob("*.dark.png"))) == 18
     steps = data(out / "data" / "index.js")["runs"][0]["steps"]
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6] and all(sum(step["parts"]) == 3 for step in steps)
 
