@@ -13,7 +13,6 @@ values. What programs and their code need comes on top: only aot, which compiles
 
 import argparse
 import json
-import math
 
 from igrpo_jax.aot import __main__ as aot
 from igrpo_jax.aot import footprint
@@ -49,10 +48,9 @@ def measured(config: str, model: str, topology: str, slots: int) -> dict[str, di
     Raises:
         InputError: no mesh can be used.
     """
-    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
     devices, found, refused = aot.topology(topology), {}, None
     for tensor in TENSOR:
-        fields = {"model.path": model, "rollout.slots": slots * chips, "mesh.tensor": tensor, "mesh.fsdp": -1}
+        fields = {"model.path": model, "rollout.slots": slots * len(devices), "mesh.tensor": tensor, "mesh.fsdp": -1}
         try:
             run = footprint.prepare(load_config(config, fields), devices)
         except InputError as error:

@@ -170,16 +170,19 @@ def _credit(config: "Config") -> Iterator[tuple[str, str]]:
 def _verifications(config: "Config") -> Iterator[tuple[str, str]]:
     """Yields what does not go together with verifications instead of refinements."""
     algorithm, wording = config.algorithm, config.refine.instruction
+    cause = 'with algorithm.second_stage = "verify"'
     if not algorithm.num_drafts:
         yield "algorithm.second_stage", "there is no solution to verify; set algorithm.num_drafts to at least 2"
     if not algorithm.train_drafts:
-        yield "algorithm.train_drafts", "the drafts are the solutions that are learned from; set it to True"
+        yield "algorithm.train_drafts", f"{cause} the drafts are the solutions that are learned from; set it to True"
     if wording == type(config.refine)().instruction:
-        yield "refine.instruction", "asks for a better answer; ask whether {draft} is right, to be answered with 1 or 0"
+        fix = "ask whether {draft} is right, to be answered with 1 or 0"
+        yield "refine.instruction", f"asks for a better answer; {cause} {fix}"
     if "{verdict}" in wording:
-        yield "refine.instruction", "{verdict} gives the answer to a verification away; leave it out"
+        yield "refine.instruction", f"{{verdict}} gives the answer to a verification away; leave it out {cause}"
     if not config.rewards.accuracy:
-        yield "rewards.accuracy", "verifications are graded against the verdict on their solution; set it above 0"
+        fix = "verifications are graded against the verdict on their solution; set it above 0"
+        yield "rewards.accuracy", f"{cause} {fix}"
     # For each field the values that it may have, and why no others.
     needs = [
         (
@@ -202,7 +205,7 @@ def _verifications(config: "Config") -> Iterator[tuple[str, str]]:
     for path, allowed, reason in needs:
         if fields.value_at(config, path) not in allowed:
             choices = " or ".join(map(str, allowed))
-            yield path, f'{reason}; with algorithm.second_stage = "verify" it must be {choices}'
+            yield path, f"{reason}; {cause} it must be {choices}"
 
 
 def _batch_and_mesh(config: "Config") -> Iterator[tuple[str, str]]:
