@@ -376,7 +376,8 @@ class RolloutConfig:
     steps_per_dispatch: Annotated[int, AtLeast(1)] = 16
     # With 1 the device decodes on while the host looks, with 0 it waits; None for 0 on CPU and 1 elsewhere.
     dispatches_ahead: Annotated[int | None, Choice(None, 0, 1)] = None
-    # Whether a prompt is refined while others are still being drafted; False waits for all drafts, for comparisons.
+    # Whether a prompt is refined as soon as its kept draft is certain; False waits for all drafts of all prompts, for
+    # comparisons.
     streamed: bool = True
     mesh: SamplerMeshConfig = field(default_factory=SamplerMeshConfig)
 

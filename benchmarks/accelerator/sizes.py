@@ -207,6 +207,7 @@ def stepped(sizes: Sizes, shape: str) -> argparse.Namespace:
         prompt_len=prompt,
         new_tokens=completion,
         mean_length=mean,
+        right=0.0,
         seeds=1,
         slots=0,
         dtype=sizes.dtype,

@@ -4,9 +4,9 @@
 2. Keep the best draft, the first one where several are equally good, and splice it into the prompt: q'.
 3. Stage 2: sample G completions of q' from the same policy and score them with the same reward.
 
-No barrier separates the stages: a prompt moves on to Stage 2 as soon as its best draft is known, while others are still
-drawn (`rollout.streamed = False` has a barrier, for comparisons). `num_drafts = 0` is the base algorithm through the
-same code: Stage 2 on the plain prompt.
+No barrier separates the stages: a prompt moves on to Stage 2 as soon as its best draft is known, while other drafts,
+its own too, are still drawn (`rollout.streamed = False` has a barrier, for comparisons). `num_drafts = 0` is the base
+algorithm through the same code: Stage 2 on the plain prompt.
 
 What departs from the paper, off by default, is in `stages`.
 
@@ -63,7 +63,7 @@ class Rollout:
     def collect(self, params: decoder.Params, step: int, prompts: exchange.Prompts) -> RolloutResult:
         """Returns one group per prompt, in the order of `prompts(0)`, and the metrics of the rollout.
 
-        With algorithm.draft_when = "unsolved" a position has several prompts, which follow one another.
+        With algorithm.draft_when = "unsolved" a position may have several prompts.
 
         `redraw/groups` counts the groups whose position a fresh prompt took, `redraw/exhausted` those that stayed
         although they are filtered out, because `algorithm.max_redraws` fresh prompts were used. Of all groups that

@@ -38,9 +38,8 @@ def select_draft(
 
 
 def best_is_known(drafts: Mapping[int, Completion], metric: str, largest: float) -> bool:
-    """Returns whether no draft that is still to come can be the best, the first one where several are equally good.
-
-    That holds once a draft has the largest possible value and all drafts before it are scored.
+    """Returns whether the best draft is certain although others may be still to come: one has the largest possible
+    value, and all before it are scored. Of several that are equally good the first one is the best.
 
     Args:
         drafts: those that are scored, by their number.

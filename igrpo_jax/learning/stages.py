@@ -1,7 +1,7 @@
 """What each prompt of a step does next, once a score has come: more drafts, refinements, or a fresh prompt.
 
-A prompt moves on as soon as no draft that is still to be scored can change what follows, which is often before its last
-draft ends: no later draft can take the place of one with the largest possible reward.
+Where the drafts that are scored decide what follows, a prompt moves on while its other drafts are still drawn: no later
+draft can take the place of one with the largest possible reward.
 
 Departures from the paper, off by default: a draft other than the best is kept (`algorithm.draft_selection`), the best
 by a single reward (`algorithm.draft_metric`), or none (`algorithm.draft_dropout`); drafting stops at the first draft,
@@ -20,7 +20,7 @@ has no drafts, and the step after it drafts the same prompts (ThinkTwice, 2604.0
 "unsolved" a prompt moves on to Stage 2 only if none of its drafts is right, or a smaller fraction than
 algorithm.solved_fraction. Each position of the step has a budget of N + G completions, as in the paper. Its first
 prompt has N drafts. If it is unsolved, G refinements follow. If it is solved, the other G completions are drafts of
-fresh prompts, which take the position one after another. Fresh prompts are not refined, because after their N drafts
+fresh prompts, which take the position. Fresh prompts are not refined, because after their N drafts
 fewer than G completions are left. The budget is used up exactly, because N divides G. So a step samples P (N + G)
 completions whatever is solved, and no position waits for another.
 
@@ -188,7 +188,7 @@ class StageRunner:
                 self._drafted(waiting)
 
     def _is_decided(self, progress: PromptProgress) -> bool:
-        """Returns whether no draft that is still to be scored can change what follows the drafts of a prompt."""
+        """Returns whether it is certain what follows the drafts of a prompt: all are scored, or enough of them."""
         if progress.position not in self._drafting:
             return True
         if self._algorithm.draft_when == "unsolved":
@@ -297,7 +297,7 @@ class StageRunner:
                 limit=self._rollout.max_completion_length,
                 stage=stage,
                 first=first,
-                may_follow_up=stage == "draft" or self._algorithm.max_redraws > 0,
+                may_follow_up=lambda: progress.context is None or self._algorithm.max_redraws > 0,
                 prompt=prompt,
                 scored=scored,
             )

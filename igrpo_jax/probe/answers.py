@@ -195,7 +195,7 @@ class Answers:
                         limit=settings.max_completion_length,
                         stage=part.stage,
                         first=part.numbers.start,
-                        may_follow_up=part.stage == "draft",
+                        may_follow_up=lambda: prompt.index in drafting,
                         prompt=prompt,
                         scored=functools.partial(scored, prompt, part.path),
                     )

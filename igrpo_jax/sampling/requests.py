@@ -19,8 +19,8 @@ class Request:
     limit: int | np.ndarray  # most tokens of a completion, for all samples or [samples] for each
     stage: str = ""  # as in Completion; Usage.overlap counts the decode steps in which several stages run
     first: int = 0  # number of the first sample
-    # Whether its scores may bring more requests; a dispatch then waits a little for them.
-    may_follow_up: bool = False
+    # Whether its next score may bring more requests, asked whenever one is to come; a dispatch then waits a little.
+    may_follow_up: Callable[[], bool] = lambda: False
     # Where the samples are scored (see `scoring`): the problem, and the callback that gets each scored completion.
     prompt: Prompt | None = None
     scored: Callable[[Completion], None] | None = None

@@ -101,7 +101,7 @@ def _submit_gradings(
         batch = batches.setdefault(sample.request, Batch(sample.request.samples))
         future = grade(candidate, batch)
         grading[future] = (sample.request, completion)
-        if sample.request.may_follow_up:
+        if sample.request.may_follow_up():
             awaited.append(future)
     return awaited
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import devices
 import jax
@@ -336,7 +335,7 @@ def test_the_reference_is_small_and_of_these_weights():
 
 
 def test_texts_for_the_verifier_look_like_solutions():
-    renderer = SolutionRenderer(SimpleNamespace(right=0.0), [])
+    renderer = SolutionRenderer(sizes.stepped(sizes.TINY, "qwen2-tiny"), [])
     texts = [renderer.text(np.arange(i, i + 240, dtype=np.int32)) for i in range(40)]
     right = [grader.grade(text, renderer.answer)[0] == 1.0 for text in texts]
     assert 10 < sum(right) < 30

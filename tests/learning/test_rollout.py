@@ -27,8 +27,9 @@ from igrpo_jax.learning.stages import PromptProgress, keep_best_refined
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import VERDICTS, Candidate, Completion, Prompt, Score
 from igrpo_jax.rewards.failures import VerifierError
-from igrpo_jax.rewards.rules import rules_of, score, total
+from igrpo_jax.rewards.rules import REWARDS, rules_of, score, total
 from igrpo_jax.rewards.verifier import Verifier, statistics
+from igrpo_jax.sampling import scoring
 from igrpo_jax.sampling.requests import Request, Usage
 from igrpo_jax.sampling.scheduler import Scheduler
 from igrpo_jax.sampling.scoring import stage_key
@@ -652,8 +653,8 @@ class Held:
         until: by answer, another (or the same) answer, and how many texts with that one must be scored first.
     """
 
-    def __init__(self, held, until):
-        super().__init__(delay=0.0)
+    def __init__(self, held, until, **settings):
+        super().__init__(**settings)
         self._held, self._until = held, until
         self._scored, self._news = Counter(), threading.Condition()
         self.waited = []  # of each text that waited, whether the others came
@@ -686,7 +687,7 @@ def test_a_prompt_is_refined_once_no_other_draft_can_be_the_best(collect, rollou
     certain = [group for group in rollout[0] if group.drafts[group.kept].score.reward == 2 and group.kept + 1 < N]
     held = {group.prompt.question: [one.text for one in group.drafts[group.kept + 1 :]] for group in certain}
     until = {question: (question, N - len(texts) + G) for question, texts in held.items()}
-    verifier = HeldInaccurate(held, until)
+    verifier = HeldInaccurate(held, until, delay=0.0)
     groups, repeated = collect(verifier, **wanted)
     assert len(held) > 2 and len(verifier.waited) == sum(map(len, held.values())) and all(verifier.waited)
     for ours, theirs in zip(groups, expected, strict=True):
@@ -710,17 +711,17 @@ def test_when_the_best_draft_is_known(rewards, known):
     assert not best_is_known(drafts, "reward", math.inf)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0), (0.1, 0.2, 0.7), (0.3, 0.3, 0.1), (0.0, 0.7, 0.1)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0), (0.1, 0.2, 0.3), (0.3, 0.3, 0.1), (0.0, 0.7, 0.1)])
 def test_the_largest_reward_is_what_a_perfect_completion_earns(weights):
     """To the last digit, because a draft that earns it is the best one. Rewards of one's own have no bound."""
-    accuracy, form, judge = weights
-    rewards = config.RewardsConfig(
-        accuracy=accuracy, format=form, overlong=1.0, judge=config.JudgeConfig(weight=judge), custom="module:length"
-    )
-    perfect = Score(0.0, {"accuracy": 1.0, "format": 1.0, "overlong": -0.0, "judge": 1.0}, None, "ok")
+    named = dict.fromkeys(REWARDS, 1.0) | dict(zip(("accuracy", "format", "judge"), weights, strict=True))
+    judge = config.JudgeConfig(weight=named.pop("judge"))
+    rewards = config.RewardsConfig(**named, judge=judge, custom="module:length", overlong_cache=4)
     own = replace(rewards, custom_weight=0.0)  # computed and logged only
-    summed = total(perfect, rules_of(own).weights | {"judge": judge}).reward
-    assert filtering.largest(own, "reward") == summed
+    rules = rules_of(own, max_completion=20)
+    perfect = score(Candidate("<think>a</think><answer>7</answer>", "7", tokens=np.zeros(9, np.int32)), rules)
+    judged = replace(perfect, rewards=perfect.rewards | {"judge": 1.0})
+    assert filtering.largest(own, "reward") == total(judged, rules.weights | {"judge": judge.weight}).reward
     assert filtering.largest(rewards, "reward") == math.inf
     assert [filtering.largest(rewards, name) for name in ("accuracy", "format", "judge")] == [1.0] * 3
     assert [filtering.largest(rewards, name) for name in ("overlong", "length")] == [math.inf] * 2
@@ -799,7 +800,7 @@ def test_a_solved_prompt_gives_its_position_up_at_once(collect, prompts):
         held[solved.prompt.answer] = [draft.text for draft in solved.drafts if draft is not right]
         held[first.prompt.answer] = [draft.text for draft in first.drafts]
         until |= dict.fromkeys((solved.prompt.answer, first.prompt.answer), (second.prompt.answer, 2))
-    verifier = HeldHard(held, until)
+    verifier = HeldHard(held, until, delay=0.0)
     groups, repeated = collect(verifier, **wanted)
     assert len(verifier.waited) == 3 * len(chains) > 3 and all(verifier.waited)
     assert len(groups) == len(expected)
@@ -809,13 +810,27 @@ def test_a_solved_prompt_gives_its_position_up_at_once(collect, prompts):
         assert repeated[name] == metrics[name]
 
 
+class Easy(InstantVerifier):
+    """Finds every answer right."""
+
+    def _grade(self, text, answer, delay):
+        return replace(super()._grade(text, answer, delay), rewards={"accuracy": 1.0})
+
+
+def test_no_dispatch_waits_for_scores_that_bring_nothing(collect, prompts, monkeypatch):
+    """Of a prompt that has moved on, and of a fresh one, which is not refined whatever its drafts are."""
+    awaited = []
+    monkeypatch.setattr(scoring, "_wait_for_all", lambda scores, patience: awaited.append(len(scores)) or 0.0)
+    collect(Easy(delay=0.0), fresh=lambda redraw: prompts, **UNSOLVED)
+    assert sum(awaited) <= 2 * len(prompts)  # the drafts of the first prompts
+    collect(InstantVerifier(delay=0.0), algorithm__num_drafts=0)
+    assert sum(awaited) <= 2 * len(prompts)
+    collect(InstantVerifier(delay=0.0))
+    assert sum(awaited) > 2 * len(prompts)
+
+
 def test_a_position_that_drafts_all_its_completions(collect, prompts):
     """Every answer is right: three prompts at each position, and the update has no refinements at all."""
-
-    class Easy(StubVerifier):
-        def _grade(self, text, answer, delay):
-            return replace(super()._grade(text, answer, delay), rewards={"accuracy": 1.0})
-
     groups, metrics = collect(Easy(delay=0.0), fresh=lambda redraw: prompts, **UNSOLVED)
     assert [group.prompt for group in groups] == [prompt for prompt in prompts for _ in range(3)]
     assert metrics["unsolved/completions"] == 6 * len(prompts) and metrics["unsolved/refined"] == 0
@@ -964,6 +979,24 @@ def test_the_kept_draft_can_be_the_best_by_one_reward(collect):
         values = [draft.score.rewards["accuracy"] for draft in group.drafts]
         assert group.kept == int(np.nanargmax(values))
     assert len({group.kept for group in groups}) > 1
+
+
+class HeldOneReward(Held, OneReward):
+    pass
+
+
+def test_a_prompt_is_refined_once_its_best_draft_by_one_reward_is_known(collect, prompts):
+    """The largest accuracy is 1, whatever its weight; drafts after one that has it are scored last of all."""
+    wanted = {"wanted": [replace(prompt, answer=prompt.question) for prompt in prompts], "rewards__accuracy": 0.5}
+    wanted["algorithm__draft_metric"] = "accuracy"
+    expected, _ = collect(OneReward(), rollout__streamed=False, **wanted)
+    certain = [group for group in expected if group.drafts[group.kept].score.rewards["accuracy"] == 1]
+    held = {group.prompt.question: [one.text for one in group.drafts[group.kept + 1 :]] for group in certain}
+    verifier = HeldOneReward(held, {question: (question, N - len(texts) + G) for question, texts in held.items()})
+    groups, _ = collect(verifier, **wanted)
+    assert len(verifier.waited) == sum(map(len, held.values())) > 2 and all(verifier.waited)
+    for ours, theirs in zip(groups, expected, strict=True):
+        same(ours, theirs)
 
 
 def test_the_refined_draft_can_be_chosen_by_one_reward(collect):

@@ -163,7 +163,7 @@ def test_a_dispatch_waits_for_scores_that_bring_most_of_its_samples(pool):
         return pool.submit(lambda: time.sleep(0.05 * candidate.tokens[0]) or Score(1.0, {}, None, "ok"))
 
     for index in range(4):
-        scheduler.submit(request(index, 1, refine, may_follow_up=True))
+        scheduler.submit(request(index, 1, refine, may_follow_up=lambda: True))
     waited = sample_and_score(scheduler, grade, RENDERER)
     drafts, refinements = ([(stage, index) for index in range(4)] for stage in ("draft", "refine"))
     assert scheduler.dispatches == [drafts, refinements] and 0.1 < waited < time.perf_counter() - began
@@ -189,7 +189,7 @@ def test_a_dispatch_does_not_wait_for_a_score_that_takes_long():
 
     for index in range(2):
         refine = functools.partial(lambda i, _: scheduler.submit(request(i, 1, print, stage="refine")), index)
-        scheduler.submit(request(index, 1, refine, may_follow_up=True))
+        scheduler.submit(request(index, 1, refine, may_follow_up=lambda: True))
     sample_and_score(scheduler, grade, RENDERER)
     assert scheduler.dispatches == [[("draft", 0), ("draft", 1)], [("refine", 1)], [("refine", 0)]]
 
