@@ -6,6 +6,8 @@ value heads, copies of heads or exchanges between devices that hold the same hea
 (`models.heads`).
 """
 
+import dataclasses
+
 import jax
 
 from igrpo_jax.distributed import sharding, teams
@@ -118,7 +120,8 @@ def shares_weights(mesh: jax.sharding.Mesh, tensor: int | None) -> bool:
 
 def divides(cfg: DecoderConfig, tensor: int) -> bool:
     """Returns whether all that is split over `tensor` devices can be split evenly."""
-    split = {size for path, shape in decoder.shapes(cfg).items() for size in _split(path, shape)}
+    each_kind_once = dataclasses.replace(cfg, pattern="".join(dict.fromkeys(cfg.pattern)))  # in a tenth of the time
+    split = {size for path, shape in decoder.shapes(each_kind_once).items() for size in _split(path, shape)}
     return all(size % tensor == 0 for size in split)
 
 

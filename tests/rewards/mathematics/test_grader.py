@@ -3298,7 +3298,7 @@ def test_no_verdict_depends_on_the_order():
     rng = random.Random(0)
     pairs = [*SAME, *DIFFERENT, *((rng.choice(SAME)[0], rng.choice(SAME)[1]) for _ in range(300))]
     verdicts = {}
-    for seed in range(3):
+    for seed in range(2):
         grader.clear_cache()
         random.Random(seed).shuffle(pairs)
         for pair in pairs + pairs[:50]:  # some from the cache
