@@ -6,8 +6,7 @@
 Both draw completions of the same prescribed lengths: lognormal, mean 64, sigma 1, at most 256, one set for each of the
 seeds. iGRPO's first N are the drafts', and refinements see the prompt with the best draft in it. The verifier is the
 real one, on the decimal text of the ids; as many answers are right as --right says, whatever their length. GRPO and
-iGRPO take turns. The last line is one JSON object; seconds are sums
-over the seeds of the median over --steps:
+iGRPO take turns. The last line is one JSON object; seconds are sums over the seeds of the median over --steps:
 
     grpo_seconds            GRPO, --slots slots (default prompts x (N + G) / 2)
     igrpo_seconds           iGRPO, streamed, the same slots

@@ -120,7 +120,8 @@ def shares_weights(mesh: jax.sharding.Mesh, tensor: int | None) -> bool:
 
 def divides(cfg: DecoderConfig, tensor: int) -> bool:
     """Returns whether all that is split over `tensor` devices can be split evenly."""
-    each_kind_once = dataclasses.replace(cfg, pattern="".join(dict.fromkeys(cfg.pattern)))  # in a tenth of the time
+    # Each kind of sublayer once has the same sizes, in a tenth of the time.
+    each_kind_once = dataclasses.replace(cfg, pattern="".join(dict.fromkeys(cfg.pattern)))
     split = {size for path, shape in decoder.shapes(each_kind_once).items() for size in _split(path, shape)}
     return all(size % tensor == 0 for size in split)
 
