@@ -6,12 +6,11 @@ such groups learns the format at the cost of the answers. So the metric is the a
 `algorithm.filter_groups_metric` names another reward, or "reward" for the weighted sum.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from igrpo_jax.config import Config, RewardsConfig
+from igrpo_jax.config import Config
 from igrpo_jax.learning import objectives
 from igrpo_jax.records import Completion, Group
 
@@ -42,14 +41,3 @@ def value(completion: Completion, metric: str) -> float:
     """Returns one of a completion's rewards, or "reward", their weighted sum; NaN without a verdict."""
     score = completion.score
     return score.reward if metric == "reward" else score.of(metric)
-
-
-def largest(rewards: RewardsConfig, metric: str) -> float:
-    """Returns the largest `value` that a completion can have; infinite where no bound is known.
-
-    Args:
-        metric: as in `value`. Rewards of your own have no bound, and neither has a sum in which they count.
-    """
-    if metric == "reward":
-        return math.inf if any(rewards.custom_weights.values()) else rewards.largest
-    return 1.0 if metric in {"accuracy", "format", "judge"}.difference(rewards.custom_names) else math.inf

@@ -1,11 +1,12 @@
 """Which draft of a prompt is kept, when that is certain, and which prompts have a Stage 2. `stages` acts on it."""
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from igrpo_jax.config import AlgorithmConfig
+from igrpo_jax.config import AlgorithmConfig, RewardsConfig
 from igrpo_jax.learning import filtering
 from igrpo_jax.records import Completion
 
@@ -37,6 +38,17 @@ def select_draft(
     return int(known[_SELECT[selection](rewards[known], rng)]) if len(known) else None
 
 
+def largest_value(rewards: RewardsConfig, metric: str) -> float:
+    """Returns the largest value of `metric` that a draft can have; infinite where no bound is known.
+
+    Args:
+        metric: as in `select_draft`. Rewards of your own have no bound, and neither has a sum in which they count.
+    """
+    if metric == "reward":
+        return math.inf if any(rewards.custom_weights.values()) else rewards.largest
+    return 1.0 if metric in {"accuracy", "format", "judge"}.difference(rewards.custom_names) else math.inf
+
+
 def best_is_known(drafts: Mapping[int, Completion], metric: str, largest: float) -> bool:
     """Returns whether the best draft is certain although others may be still to come: one has the largest possible
     value, and all before it are scored. Of several that are equally good the first one is the best.
@@ -44,7 +56,7 @@ def best_is_known(drafts: Mapping[int, Completion], metric: str, largest: float)
     Args:
         drafts: those that are scored, by their number.
         metric: what is compared, as in `select_draft`.
-        largest: the largest possible value of `metric`.
+        largest: what `largest_value` returns for `metric`.
     """
     in_order = itertools.takewhile(drafts.__contains__, itertools.count())
     return any(filtering.value(drafts[number], metric) >= largest for number in in_order)  # NaN is not a success

@@ -39,7 +39,7 @@ import numpy as np
 from igrpo_jax.config import Config
 from igrpo_jax.learning import exchange, filtering
 from igrpo_jax.learning.exchange import StepPosition
-from igrpo_jax.learning.selection import best_is_known, is_solved, needs_verification, select_draft
+from igrpo_jax.learning.selection import best_is_known, is_solved, largest_value, needs_verification, select_draft
 from igrpo_jax.records import VERDICTS, Completion, Group, Prompt
 from igrpo_jax.sampling.requests import Request
 from igrpo_jax.sampling.scheduler import Scheduler
@@ -118,7 +118,7 @@ class StageRunner:
         self._filter_metric = config.filter_groups_metric
         self._rollout = config.rollout
         self._seed = config.seed
-        self._largest = filtering.largest(config.rewards, config.algorithm.draft_metric)
+        self._largest = largest_value(config.rewards, config.algorithm.draft_metric)
         self._renderer = renderer
         self._scheduler = scheduler
         self._step = step

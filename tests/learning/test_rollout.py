@@ -22,7 +22,7 @@ from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.learning import credit, exchange, filtering, objectives, stages
 from igrpo_jax.learning.exchange import RolloutPart, StepPosition
 from igrpo_jax.learning.rollout import Rollout, _usage_metrics
-from igrpo_jax.learning.selection import best_is_known, is_solved, needs_verification, select_draft
+from igrpo_jax.learning.selection import best_is_known, is_solved, largest_value, needs_verification, select_draft
 from igrpo_jax.learning.stages import PromptProgress, keep_best_refined
 from igrpo_jax.models.policy import open_policy
 from igrpo_jax.records import VERDICTS, Candidate, Completion, Prompt, Score
@@ -721,11 +721,11 @@ def test_the_largest_reward_is_what_a_perfect_completion_earns(weights):
     rules = rules_of(own, max_completion=20)
     perfect = score(Candidate("<think>a</think><answer>7</answer>", "7", tokens=np.zeros(9, np.int32)), rules)
     judged = replace(perfect, rewards=perfect.rewards | {"judge": 1.0})
-    assert filtering.largest(own, "reward") == total(judged, rules.weights | {"judge": judge.weight}).reward
-    assert filtering.largest(rewards, "reward") == math.inf
-    assert [filtering.largest(rewards, name) for name in ("accuracy", "format", "judge")] == [1.0] * 3
-    assert [filtering.largest(rewards, name) for name in ("overlong", "length")] == [math.inf] * 2
-    assert filtering.largest(replace(rewards, custom="module:format"), "format") == math.inf
+    assert largest_value(own, "reward") == total(judged, rules.weights | {"judge": judge.weight}).reward
+    assert largest_value(rewards, "reward") == math.inf
+    assert [largest_value(rewards, name) for name in ("accuracy", "format", "judge")] == [1.0] * 3
+    assert [largest_value(rewards, name) for name in ("overlong", "length")] == [math.inf] * 2
+    assert largest_value(replace(rewards, custom="module:format"), "format") == math.inf
 
 
 def test_a_draft_without_a_verdict_ends_nothing(collect):
