@@ -24,6 +24,7 @@ GRPO (8), GRPO (4), iGRPO (4 + 4), and its variants that refine unsolved prompts
 to the plain prompt:
 
     dense, sparse, rare   right answers are expected 177, 3 and 0.9 times in a run that learns nothing
+    x60, x23, x8          between dense and sparse: 60, 23 and 8 times
     ignoring              as dense, from a start that has learned to ignore drafts
     variants              from the sparse start: further variants, and the paper's other baselines
     repeats               from the sparse start: iGRPO with a penalty on repeats of wrong answers, against iGRPO

@@ -114,7 +114,8 @@ def of_claim(start: str) -> list[Arm]:
     return [Arm(f"{start}_grpo", GRPO, start=start), half, *compared(start, CLAIM)]
 
 
-LOOKUPS: dict[str, list[Arm]] = {start: of_claim(start) for start in ("dense", "sparse", "rare", "ignoring")}
+LOOKUP_STARTS = ("dense", "sparse", "rare", "ignoring", "x60", "x23", "x8")
+LOOKUPS: dict[str, list[Arm]] = {start: of_claim(start) for start in LOOKUP_STARTS}
 LOOKUPS["variants"] = compared("sparse", VARIANTS)
 # A refinement that states the answer of a wrong draft gets less than one with another wrong answer.
 REPEATS = IGRPO | {"algorithm.repeat_penalty": 0.5}
@@ -175,13 +176,19 @@ PREDICTIONS = (
     Prediction("dense_unsolved", -5, 5, "within 5 points"),
     Prediction("sparse_unsolved", 0, FAR, "ahead"),
     Prediction("rare_unsolved", 0, FAR, "ahead"),
+    Prediction("x60_igrpo", -FAR, -30, "30 points behind or more"),
+    Prediction("x23_igrpo", -FAR, -20, "20 points behind or more"),
+    Prediction("x8_igrpo", -FAR, 0, "behind"),
+    Prediction("x60_unsolved", -5, 5, "within 5 points"),
+    Prediction("x23_unsolved", -5, 15, "between 5 points behind and 15 ahead"),
+    Prediction("x8_unsolved", 0, FAR, "ahead"),
 )
 
 # Arms that the pages compare, beside those that each arm names itself.
 CONTRASTS = (
     ("igrpo", "grpo_4"),
     ("trusting_train_drafts", "trusting_grpo"),
-    *((f"{start}_igrpo", f"{start}_grpo_4") for start in ("dense", "sparse", "rare", "ignoring")),
+    *((f"{start}_igrpo", f"{start}_grpo_4") for start in LOOKUP_STARTS),
     *(
         (f"sparse_{name}", "sparse_unsolved")
         for name in ("train_drafts", "one_group", "improvement", "refinements_to_plain", "alternate", "igrpo")
@@ -199,14 +206,18 @@ def look_ups(error_rate: float, refinements: str) -> dict[str, Any]:
 
 # The warm starts. Those of the arithmetic model: in the first, drafts are random steps, from which nothing can be
 # learned; in the second, they are as good as the teacher's own solutions. Those of the look-ups expect 177, 3 and 0.9
-# right answers in a run of GRPO that learns nothing. The last three have learned to ignore drafts, to give verdicts on
-# them, and to use a critique of them; they expect 177, 177 and 3.
+# right answers in a run of GRPO that learns nothing, and those with a number in their name as many as it says. The last
+# three have learned to ignore drafts, to give verdicts on them, and to use a critique of them; they expect 177, 177 and
+# 3.
 STARTS = {
     "start": {},
     "trusting": {"warm_start.draft_error_rate": 0.25},
     "dense": look_ups(0.3, "checked"),
     "sparse": look_ups(0.5, "checked"),
     "rare": look_ups(0.55, "checked"),
+    "x60": look_ups(0.36, "checked"),
+    "x23": look_ups(0.41, "checked"),
+    "x8": look_ups(0.46, "checked"),
     "ignoring": look_ups(0.3, "independent"),
     "verifying": look_ups(0.3, "verdicts"),
     "critiqued": look_ups(0.5, "critiqued") | TOLD | {"model.builtin.max_position_embeddings": 96},
