@@ -80,7 +80,7 @@ def _lock(log: TextIO) -> None:
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        print(f"waiting for the run of another study that writes {log.name} ...", flush=True)
+        print(f"waiting for other processes that still write {log.name} ...", flush=True)
         fcntl.flock(log, fcntl.LOCK_EX)
 
 

@@ -148,4 +148,4 @@ def overview(inputs: "EvaluationInputs") -> list[tuple[str, object]]:
 
 
 if __name__ == "__main__":
-    exits.run(main)
+    exits.run(main, resumes=True)

@@ -24,14 +24,21 @@ GOES_ON = "the same command resumes from what was saved, if anything was"
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-def run(command: Callable[[list[str]], None]) -> None:
+def run(command: Callable[[list[str]], None], resumes: bool = False) -> None:
     """Runs `command(sys.argv)`, and ends the process with an exit code where it fails. --version prints the version.
 
     Errors that need no traceback are printed as one line. All others are printed with their traceback; below that of an
     error of JAX, one line names the phase in which it occurred and what to change.
+
+    Args:
+        resumes: whether the same command goes on after a SIGTERM, which then ends it with 75 from the first line on.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.unraisablehook = _not_raised
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's job in the background ignores it
+        signal.signal(signal.SIGINT, _interrupt)
+    if resumes:
+        preemption.listen()
     try:
         if {"--version", "-V"} & {*sys.argv[1:]}:
             print(__version__)
@@ -47,13 +54,10 @@ def run(command: Callable[[list[str]], None]) -> None:
     except preemption.Preempted as error:
         _exit(_said(f"{error}; the same command resumes from there", preemption.EXIT_CODE))
     except KeyboardInterrupt as error:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
-        # A run has noted what it has saved, and where.
-        code = _said(f"interrupted; {'; '.join(_notes(error)) or GOES_ON}", 130)
-        if isinstance(error.__context__, KeyboardInterrupt):  # this is the second, during the clean-up of the first
-            os._exit(code)
-        _exit(code)
+        _end_interrupted(error)
     except Exception as error:
+        if isinstance(error, ImportError) and _interrupted.is_set():  # C code that was importing turned it into this
+            _end_interrupted(error)
         # Another file's error has its name, and a line end more does no harm where stdout can be written after all.
         if isinstance(error, OSError) and not error.filename and (reason := _stdout_failure("\n")):
             fix = f"free some space, or send it elsewhere; {GOES_ON}"
@@ -62,6 +66,25 @@ def run(command: Callable[[list[str]], None]) -> None:
         # By name: jax.errors is not imported before a command needs it.
         is_of_jax = type(error).__name__ == "JaxRuntimeError"
         _exit(_print_error(_device_error(str(error)), 1) if is_of_jax else 1)
+
+
+_interrupted = threading.Event()  # Ctrl-C has come
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    """Raises KeyboardInterrupt as Python's own handler does."""
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _end_interrupted(error: BaseException) -> NoReturn:
+    """Ends the process after Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
+    # A run has noted what it has saved, and where.
+    code = _said(f"interrupted; {'; '.join(_notes(error)) or GOES_ON}", 130)
+    if isinstance(error.__context__, KeyboardInterrupt):  # this is the second, during the clean-up of the first
+        os._exit(code)
+    _exit(code)
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -7,6 +7,9 @@ A rollout is left between two calls of the sampler, and its step is dropped; an 
 not ended `grace` seconds after the notice, the process ends all the same, and a resume continues from the checkpoint
 before. Of several processes, each hears of a notice to any other (`peers`), and all leave after the same step. The
 command `evaluate` is left in the same way, between two calls of the sampler.
+
+A command that resumes calls `listen` first. Then SIGTERM also ends it with "run me again" before the block, while JAX
+is imported or other processes are waited for, and changes nothing after a notice, until the process has ended.
 """
 
 import contextlib
@@ -52,6 +55,32 @@ def notice(source: str) -> None:
     with contextlib.suppress(RuntimeError):  # a signal came in between and started it
         _timers[0].start()
     os.write(2, f"igrpo_jax: {source}: saving, then ending; a second one changes nothing\n".encode())
+
+
+def listen() -> None:
+    """Takes SIGTERM for the order to end at once with EXIT_CODE, outside of `noticed` and where no notice has come.
+
+    A thread listens too, because the main thread runs no handler while it is in a call such as
+    jax.distributed.initialize, which returns when all processes are there.
+    """
+    incoming, outgoing = os.pipe()
+    os.set_blocking(outgoing, False)
+    signal.signal(signal.SIGTERM, lambda *_: _end())
+    signal.set_wakeup_fd(outgoing, warn_on_full_buffer=False)  # gets the number of every signal
+    threading.Thread(target=_listen, args=(incoming,), name="sigterm", daemon=True).start()
+
+
+def _listen(incoming: int) -> None:
+    while number := os.read(incoming, 1):
+        if number[0] == signal.SIGTERM:
+            _end()
+
+
+def _end() -> None:
+    """Ends the process, unless it is within `noticed` or ends because of a notice already."""
+    if not _timers and not _notice.is_set():
+        os.write(2, b"igrpo_jax: SIGTERM: ended, with nothing new to save; the same command resumes\n")
+        os._exit(EXIT_CODE)
 
 
 @contextlib.contextmanager

@@ -289,7 +289,10 @@ class Checkpointer:
             apart.submit(self._manager.wait_until_finished).result()
         if jax.process_index() != 0:  # 0 completes it; in a bucket the others may get here first
             return
-        written = named_leaves(self._manager.item_metadata(step)["state"].tree)
+        state = self._manager.item_metadata(step)["state"]
+        if state is None:
+            raise Damaged(f"its files are not in {self._folder / str(step)}")
+        written = named_leaves(state.tree)
         written = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in written.items()}
         if written != expected:
             wrong = next(name for name in written | expected if written.get(name) != expected.get(name))
@@ -318,7 +321,11 @@ class Checkpointer:
     def _last_good(self, failed: int | None = None) -> str:
         """Returns the end of an error message: the newest step that is saved, other than the one that failed."""
         saved = self._mirror.steps if self._mirror else self._manager.all_steps()
-        steps = [step for step in saved if step != failed]
-        if not steps:
+        before = [step for step in saved if step != failed]
+        if not before:
             return "; no step was saved before"
+        # Orbax remembers steps that somebody has removed.
+        steps = [step for step in before if is_remote(self._path) or (self._path / str(step)).is_dir()]
+        if not steps:
+            return f"; the steps that were saved before are not in {self._path} any more"
         return f"; fix this and run the same command again, which resumes from step {max(steps)}"

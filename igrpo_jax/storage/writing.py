@@ -210,11 +210,16 @@ class Lines:
             self._upload()
 
     def sync(self) -> None:
-        """Returns when all lines are on the disk, or in the bucket."""
+        """Returns when all lines are on the disk, or in the bucket.
+
+        Raises:
+            FileNotFoundError: somebody has removed the file, to which lines can still be added without an error.
+        """
         if self._is_remote:
             self._upload()
         else:
             os.fsync(self._file.fileno())
+            os.stat(self.path)
 
     def close(self) -> None:
         """Uploads what is missing. The local copy is closed in any case, and kept if the upload fails."""

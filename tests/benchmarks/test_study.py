@@ -236,7 +236,7 @@ def test_runs_of_a_killed_study_are_waited_for(tmp_path, capsys):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1); print('first')"], stdout=other)
     study_commands.call([sys.executable, "-c", "print('second')"], log)
     assert log.read_text() == "first\nsecond\n" and child.wait() == 0
-    assert "waiting for the run of another study" in capsys.readouterr().out
+    assert "waiting for other processes that still write" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"exit code 3(.|\n)*second"):
         study_commands.call([sys.executable, "-c", "raise SystemExit(3)"], log)
 

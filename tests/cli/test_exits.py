@@ -115,6 +115,29 @@ def test_ctrl_c_is_not_lost_where_python_drops_exceptions(where):
     assert done.stderr.count("\n") == 1
 
 
+IMPORTED = """
+import signal
+from igrpo_jax.cli import exits
+
+def command(_):
+    {}
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ImportError("numpy._core.multiarray failed to import") from None
+
+exits.run(command)
+"""
+
+
+@pytest.mark.parametrize("first, code", [("pass", 130), ("raise ImportError('jax')", 1)])
+def test_ctrl_c_while_c_code_imports_is_no_failed_import(first, code):
+    """An import that fails by itself still is one."""
+    done = subprocess.run([sys.executable, "-c", IMPORTED.format(first)], capture_output=True, text=True, timeout=25)
+    assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1)
+    assert code == 1 or done.stderr.startswith("igrpo_jax: interrupted;")
+
+
 # A command with an exit handler, which Ctrl-C ends while it cleans up, or while its exit handler runs.
 TWICE = """
 import atexit, os, signal, time

@@ -61,3 +61,48 @@ with preemption.noticed(0.3):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 75
     assert "not saved within config.checkpoint.preemption_grace = 0.3 s of SIGTERM" in done.stderr
+
+
+OUTSIDE = """
+import ctypes, os, signal, sys, threading
+from igrpo_jax.cli import exits
+from igrpo_jax.distributed import preemption
+
+kill = lambda: os.kill(os.getpid(), signal.SIGTERM)
+
+def waits_in_c(_):
+    threading.Timer(0.2, kill).start()
+    ctypes.CDLL(None).sleep(20)  # as jax.distributed.initialize does for other processes
+
+def starts(_):
+    kill()
+
+def ends(_):
+    with preemption.noticed(60):
+        kill()
+        preemption.noted() and print("noted")
+    kill()
+    threading.Timer(0.2, kill).start()
+    ctypes.CDLL(None).sleep(1)
+    raise preemption.Preempted("step 3 is saved")
+
+exits.run({}, resumes={})
+"""
+
+
+@pytest.mark.parametrize(
+    "command, line",
+    [
+        ("waits_in_c", "SIGTERM: ended, with nothing new to save; the same command resumes"),
+        ("starts", "SIGTERM: ended, with nothing new to save; the same command resumes"),
+        ("ends", "step 3 is saved; the same command resumes from there"),
+    ],
+)
+def test_a_command_that_resumes_says_so_from_its_first_line_to_its_last(command, line):
+    """Before a run takes notices, also in a call that returns late; and after it, where a second SIGTERM comes."""
+    run = lambda resumes: subprocess.run(
+        [sys.executable, "-c", OUTSIDE.format(command, resumes)], capture_output=True, text=True, timeout=60
+    )
+    done = run(True)
+    assert done.returncode == 75 and done.stderr.splitlines()[-1] == f"igrpo_jax: {line}", done.stderr
+    assert run(False).returncode == -signal.SIGTERM

@@ -515,3 +515,18 @@ def test_ctrl_c_while_a_checkpoint_is_written_does_not_fail_it(tmp_path, monkeyp
     with expected if failure else contextlib.nullcontext():
         store.close()
     assert (tmp_path / "checkpoints" / "1").is_dir() == (not failure)
+
+
+def test_where_the_folder_is_removed_no_step_that_is_gone_is_promised(tmp_path):
+    """Orbax remembers the steps that it has saved."""
+    mesh = mesh_of(1, jax.device_count(), 1)
+    store = checkpoint.Checkpointer(tmp_path, EVERY_STEP)
+    store.save(1, state_on(mesh, 1), {})
+    store.wait()
+    store.save(2, state_on(mesh, 2), {})
+    store._manager.wait_until_finished()
+    shutil.rmtree(tmp_path / "checkpoints")
+    gone = r"step 2 could not be written .*\b2\b.*; the steps that were saved before are not in .*checkpoints any more"
+    with pytest.raises(RunError, match=gone):
+        store.wait()
+    store.close()

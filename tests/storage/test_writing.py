@@ -47,6 +47,18 @@ def test_lines_are_uploaded_as_whole_files(folder, bucket, monkeypatch):
     lines.close()
 
 
+def test_a_file_that_is_removed_while_it_grows_is_noticed(tmp_path):
+    """Lines can still be added to it, and would be gone when it is closed."""
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.add("1")
+    lines.sync()
+    (tmp_path / "metrics.jsonl").unlink()
+    lines.add("2")
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        lines.sync()
+    lines.close()
+
+
 def test_a_spool_brings_what_changed_and_begins_with_what_is_kept(folder, bucket, monkeypatch):
     bucket.write("wandb/run_id", "abc")
     bucket.write("samples/step_000001.jsonl", "{}")
