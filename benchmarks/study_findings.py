@@ -85,7 +85,8 @@ def each_run(results: Results) -> str:
 
 
 FIRST = (1, 5), (6, 10), (11, 15), (16, 20)  # steps
-FIRST_STARTS = ("dense", "ignoring", "x60", "x23")  # those from which plain answers are right often enough to see a difference
+# Those from which plain answers are right often enough to see a difference.
+FIRST_STARTS = ("dense", "ignoring", "x60", "x23")
 
 
 def first_steps(results: Results) -> str:
