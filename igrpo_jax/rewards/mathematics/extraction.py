@@ -116,10 +116,12 @@ _HEADING = re.compile(
 )
 
 # What stands between two boxes that state one answer together: "and", "or", a comma; ends of formulas; "x =".
-_FILLER = r"(?:[\s$~]|\\[,;:!()\[\]]|\\q?quad(?![A-Za-z]))*"
-_WORD = r"(?:\\(?:text|textrm|mbox|mathrm)\s?\{\s*(and|or)\s*\}|(and|or)\b|,)"
+_FILLER = r"(?:[\s$~*]|\\[,;:!\s()\[\]]|\\(?:q?quad|enspace|thinspace)(?![A-Za-z])|\\[hv]space\*?\{[^{}]{1,20}\})*"
+_IN_TEXT = r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf)\s?\{\s*"
+_COMMA = rf"(?:[,;]|{_IN_TEXT}[,;]\s*\}})"
+_WORD = rf"(?:{_IN_TEXT}[,;]?\s*(and|or)\s*\}}|_{{0,2}}(and|or)(?![A-Za-z])_{{0,2}}|{_COMMA})"
 _NAME = r"(?:[A-Za-z]\w?(?:_\{?\w\}?)?(?:\([a-z]\))?\s*=)?"
-_JOINED = re.compile(rf"{_FILLER}(?:,{_FILLER})?{_WORD}{_FILLER}{_NAME}{_FILLER}")
+_JOINED = re.compile(rf"{_FILLER}(?:{_COMMA}{_FILLER})?{_WORD}{_FILLER}{_NAME}{_FILLER}")
 _LONGEST_JOIN = 80  # characters between two boxes
 
 
