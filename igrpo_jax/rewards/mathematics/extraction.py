@@ -70,6 +70,11 @@ _MORE_SAID = re.compile(
 _NO_SUBJECT = re.compile(r"[\d$\\]|\b[B-J]\b|\bA\b(?!\s+[a-z])")  # 18 is the total, (A) is 5: not before "is"
 _STATED = re.compile(r"[\d$\\]|^\(?[A-J]\)?$")  # and not "the total", which may stand behind "Five is"
 
+# Markdown's bold, and what may stand beside an answer without a word. x**2 is a power, and a cross denies.
+_BOLD = re.compile(r"(?<![\w*)\]}$])(\*{2,3})(?![\s*])([^*\n]+)(?<!\s)\1(?![\w*(])")
+_BOLD_BEFORE = re.compile(r"(\*{2,3})[^*\n]*$")  # before "answer"
+_DECORATION = " \t\r\n*✅✔☑🎉🎯\ufe0f"
+
 _MORE = re.compile(r"[\d$\\]")  # in what follows the first clause of a sentence: perhaps a second answer
 
 _LAST_STATEMENTS = 8  # how many are tried, from the last one
@@ -140,7 +145,7 @@ def extract(text: str) -> str | None:
         text = after if after.strip() else thought
     blocks = [match[1] for match in _BLOCK.finditer(text) if match[1].strip()]
     if blocks:
-        return last_box(blocks[-1]) or _last_statement(blocks[-1]) or _of_sentence(blocks[-1].strip())
+        return last_box(blocks[-1]) or _last_statement(blocks[-1]) or _of_sentence(_undecorated(blocks[-1]))
     return last_box(text) or _last_statement(text)
 
 
@@ -197,7 +202,7 @@ def _marked(text: str) -> tuple[int, str | None]:
         content = match[1].strip()
         is_last = len(content) <= MAX_STATEMENT and not text[match.end() : match.end() + MAX_STATEMENT].strip()
         if content and (_PLAIN.fullmatch(content[:MAX_STATEMENT]) or (is_last and not _HEADING.match(content))):
-            return match.start(), content.strip(" *\t")
+            return match.start(), _undecorated(content)
     return -1, None
 
 
@@ -233,7 +238,8 @@ def _stated(text: str, phrase: re.Match) -> str | None:
         closed = re.search(rf"(?<!\\){re.escape(_CLOSINGS[inside[1]])}", rest)
         if closed and rest[: closed.start()].strip(" }\n"):
             return without_lead_in(f"{inside[2] or ''}Answer:{rest[: closed.start()]}")
-    return _said(rest)
+    bold = _BOLD_BEFORE.search(text, max(0, phrase.start() - _LONGEST_LEAD), phrase.start())
+    return _said(bold[1] + rest.lstrip() if bold and not rest.lstrip().startswith("*") else rest)
 
 
 def _of_sentence(block: str) -> str:
@@ -248,11 +254,16 @@ def _of_sentence(block: str) -> str:
     return stated if stated and _STATED.search(stated) else block
 
 
+def _undecorated(text: str) -> str:
+    """Returns the text without the stars of Markdown's bold, and without check marks and blanks at its ends."""
+    return _BOLD.sub(r"\2", text).strip(_DECORATION)
+
+
 def _said(rest: str) -> str | None:
     """Returns the clause behind "answer is" without the words that only lead to it; None for no answer."""
-    rest = rest.lstrip().lstrip("*").lstrip()
+    rest = _BOLD.sub(r"\2", rest.lstrip()).lstrip("*").lstrip()
     rest = _FILLERS.sub("", rest, count=1) if _FILLERS.match(rest) else rest
-    stated = _clause(rest).strip().strip("*").strip()
+    stated = _undecorated(_clause(rest))
     is_none = stated in ("", "\\boxed{}") or _NO_ANSWER.fullmatch(stated) or _OPEN_END.search(stated)
     return None if is_none else stated
 

@@ -97,6 +97,19 @@ _ANGLED = re.compile(r"\s*(?:\\left\s*)?<(?=[^<>=]*,)([^<>=]*?)(?:\\right\s*)?>\
 _ANGSTROM = re.compile(r"\\AA(?![A-Za-z])")
 _UNION = re.compile(r"(?<=[)\]])\s*U\s*(?=(?:\\left\s*)?[(\[])")  # (-\infty, 1] U [2, 3]
 _DEGREE = re.compile(r"(\^\s*\{?\s*)?\\(?:text)?degree(?![A-Za-z])")
+# A macro of fonts, and contents of one that are no words: those may be a unit or a label.
+_FONT = re.compile(
+    r"\\(text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt)|[mh]box|bm|boldsymbol)"
+    rf"\s*({_GROUP})(?=\s*([\^_!]?)(\d?))"
+)
+_NUMERAL = re.compile(rf"\s*(?:\d+|[1-9]\d{{0,2}}(?:[,{SEPARATOR}]\d{{3}})+)(?:\.\d+)?\s*")
+_CALCULATION = re.compile(
+    r"(?=[^\d]*\d)(?:[\d\s.+*/^(){}-]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right)(?![A-Za-z])|\\[,;:! ])+"
+)
+_POLYNOMIAL = re.compile(r"(?:[\d\s.+*/^(){}-]|[A-Za-z](?![A-Za-z]))+")
+_SUM = re.compile(r"[\w)}]\s*[+-]")
+_BOLD = frozenset(("mathbf", "bm", "boldsymbol"))
+_ARGUMENT = re.compile(r"(?:[\^_}]|\\(?:[dtc]?frac|[dt]?binom|sqrt))\s*$")  # before an argument without braces
 _TEXT = r"\\(?:text|textrm|mathrm|mbox|rm)\s*\{\s*"
 _TEXT_SIGN = re.compile(rf"{_TEXT}(\\?%|\^\\circ)\s*\}}")  # 25\text{\%}
 _RAISED_O = re.compile(rf"(?<=[\d}}])\s*\^\s*(?:o(?![A-Za-z])|\{{\s*o\s*\}}|\{{?\s*{_TEXT}o\s*\}}\s*\}}?)")  # 45^o
@@ -119,6 +132,8 @@ def normal(source: str) -> str:
     if not source.isascii():
         source = _ascii(source)
     source = _SEPARATED.sub(SEPARATOR, source)
+    if "\\" in source:
+        source = _FONT.sub(_unfonted, source)
     if source.count("=") > 1:
         source = _listed(source)
     if ".." in source:
@@ -149,6 +164,17 @@ def normal(source: str) -> str:
     if "]" in source or "[" in source:
         source = _unreversed(source)
     return source
+
+
+def _unfonted(match: re.Match) -> str:
+    r"""Returns the 6 of \mathbf{6} and the p - q of \mathbf{p - q}, which a font does not group; units as they are."""
+    font, content, sign, digit = match[1], match[2][1:-1], match[3], match[4]
+    # Letters in bold alone: \mathrm{m/s} is a unit, and \text{A-B} a label.
+    is_sum = font in _BOLD and _POLYNOMIAL.fullmatch(content) and _SUM.search(content)
+    is_read = _NUMERAL.fullmatch(content) or (not sign and (is_sum or _CALCULATION.fullmatch(content)))
+    if not is_read or _ARGUMENT.search(match.string, max(0, match.start() - 20), match.start()):
+        return match[0]
+    return f" {content.strip()}{' ' * bool(digit)}"
 
 
 def _as_cases(match: re.Match) -> str:
