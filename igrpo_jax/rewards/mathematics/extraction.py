@@ -18,13 +18,19 @@ _BRACES = re.compile(
 )
 _SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|pad|bos)>|<(?:end|start)_of_turn>")
 _BLOCK = re.compile(r"<answer>([^<]*(?:<(?!/?answer>)[^<]*)*)</answer>")
+_VALUE = r"\s{0,4}(?:\*\*)?(?:[-+$\\]{0,3}\d|\$|\\[(\[])"  # what a line begins with that is an answer
 _PHRASE = re.compile(
     r"\banswer\s{0,4}(?:(?:(?:to\s(?:the|this)\s(?:question|problem)\s{1,4})?is\b|equals(?=\s{0,4}[-+−]?[\d$\\])"
-    r"|(?:would|should)\sbe(?=\s{0,4}(?:\$[^$\n]{1,200}\$|-?[\d,./]{1,40})\s{0,4}(?:\.\s|\.?$|\n))|:|=|\*\*:|:\*\*)\s{0,4}:?"
+    r"|(?:would|should)\sbe(?=\s{0,4}(?:\$[^$\n]{1,200}\$|-?[\d,./]{1,40})\s{0,4}(?:\.\s|\.?$|\n))"
+    r"|:|=|\*\*:|:\*\*|\}:)\s{0,4}:?"
     r"|(?=\$|\\\(|\\\[)"
-    r"|(?:\*\*)?[ \t]{0,4}\n(?=\s{0,4}(?:\*\*)?(?:[-+$\\]{0,3}\d|\$|\\[(\[])))",
-    re.IGNORECASE,
+    rf"|(?:\*\*)?[ \t]{{0,4}}\n(?={_VALUE}))"
+    # A heading: a line of its own with #, in bold, or in a macro.
+    r"|^(?P<heading>[ \t]{0,3}(?:#{1,6}[ \t]{1,4}(?:\*\*)?|\*\*|\\(?:(?:sub){0,2}section\*?|textbf|underline)\{)"
+    r"(?:the\s)?(?:(?:final|correct)\s)?answer(?:\*\*|\})?[ \t]{0,4}\n)",
+    re.IGNORECASE | re.MULTILINE,
 )
+_BEGINNING = re.compile(_VALUE)
 _IN_DOLLARS = r"((?:\\.|[^$\\])*)"  # a price in a formula is \$18
 # The second $ before a digit is that of a price, as in "$18. She sells 9 eggs at $2 each", and ends no formula.
 _FORMULA = re.compile(
@@ -72,7 +78,7 @@ _STATED = re.compile(r"[\d$\\]|^\(?[A-J]\)?$")  # and not "the total", which may
 
 # Markdown's bold, and what may stand beside an answer without a word. x**2 is a power, and a cross denies.
 _BOLD = re.compile(r"(?<![\w*)\]}$])(\*{2,3})(?![\s*])([^*\n]+)(?<!\s)\1(?![\w*(])")
-_BOLD_BEFORE = re.compile(r"(\*{2,3})[^*\n]*$")  # before "answer"
+_BOLD_BEFORE = re.compile(r"(\*{2,3})[^*\n]*\Z")  # before "answer"
 _DECORATION = " \t\r\n*✅✔☑🎉🎯\ufe0f"
 
 _MORE = re.compile(r"[\d$\\]")  # in what follows the first clause of a sentence: perhaps a second answer
@@ -81,6 +87,9 @@ _LAST_STATEMENTS = 8  # how many are tried, from the last one
 # Opens a formula in which "The answer is" stands, as in $\\text{The answer is } 9$.
 _TEXT = r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s?\{"
 _LEAD = r"(?:(?:[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),?\s)?(?:[Tt]he\s)?(?:(?:[Ff]inal|[Cc]orrect)\s)?"
+_MACRO_BEFORE = re.compile(rf"(?:\\[A-Za-z]{{2,16}}\*?\s?\{{|\{{\\[A-Za-z]{{2,12}}\s)\s{{0,4}}{_LEAD}\Z")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_WORD_OR_POINT = re.compile(r"(?:[A-Z][a-z]+|\([^()]{1,100}\))\.?")  # an answer in a line under a heading
 _INSIDE = re.compile(rf"(\$\$?|\\\[|\\\()\s{{0,4}}({_TEXT}\s{{0,4}})?{_LEAD}$")
 _LONGEST_DENIAL = 100  # characters before "answer" that may deny it
 _OPEN_END = re.compile(r"\b(?:or|and)[\s,]*$")  # "5 or, since n is odd, 6" is cut behind "or"
@@ -222,24 +231,58 @@ def _last_statement(text: str) -> str | None:
         if match.start() < marker:
             break
         before = _PART_OF_SENTENCE.search(text, max(0, match.start() - _LONGEST_DENIAL), match.start())
-        is_heading = "\n" in text[match.start() : match.end() + 4] and _LIST.match(text, match.end())
-        if not (is_heading or _DENIED.search(before[0])):
-            stated = _stated(text, match)
-            if stated is None or not _CONFIRMED.fullmatch(stated):  # "I hope the answer is correct"
-                return stated or marked
+        is_list = "\n" in text[match.start() : match.end() + 4] and _LIST.match(text, match.end())
+        if is_list or _DENIED.search(before[0]):
+            continue
+        if match["heading"] and not _BEGINNING.match(text, match.end()):
+            if stated := _under_heading(text, match.end()):
+                return stated
+            continue
+        stated = _stated(text, match)
+        if stated is None or not _CONFIRMED.fullmatch(stated):  # "I hope the answer is correct"
+            return stated or marked
     return marked
 
 
 def _stated(text: str, phrase: re.Match) -> str | None:
     """Returns what follows "answer is", to the end of its clause or of the formula around both; None for no answer."""
     rest = text[phrase.end() : phrase.end() + MAX_STATEMENT]
-    inside = _INSIDE.search(text[max(0, phrase.start() - _LONGEST_LEAD) : phrase.start()])
+    before = "" if phrase["heading"] else text[max(0, phrase.start() - _LONGEST_LEAD) : phrase.start()]
+    inside = _INSIDE.search(before)
     if inside:
         closed = re.search(rf"(?<!\\){re.escape(_CLOSINGS[inside[1]])}", rest)
         if closed and rest[: closed.start()].strip(" }\n"):
             return without_lead_in(f"{inside[2] or ''}Answer:{rest[: closed.start()]}")
-    bold = _BOLD_BEFORE.search(text, max(0, phrase.start() - _LONGEST_LEAD), phrase.start())
+    if _MACRO_BEFORE.search(before):
+        rest = _without_closing(phrase[0], rest)
+    bold = _BOLD_BEFORE.search(before)
     return _said(bold[1] + rest.lstrip() if bold and not rest.lstrip().startswith("*") else rest)
+
+
+def _without_closing(phrase: str, rest: str) -> str:
+    r"""Returns what follows "Answer:" without the brace that closes the macro around it, as in \textbf{Answer:} 5."""
+    depth = 1
+    for brace in _BRACE.finditer(phrase + rest):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            at = brace.start() - len(phrase)
+            return rest[:at] + rest[at + 1 :] if at >= 0 else rest
+    return rest
+
+
+def _under_heading(text: str, start: int) -> str | None:
+    """Returns what the line under a heading such as `## Answer` states: one sentence, a word or a point, else None.
+
+    Nothing behind that line may state or deny anything.
+    """
+    line, _, more = text[start : start + MAX_STATEMENT].strip().partition("\n")
+    if text[start + MAX_STATEMENT :].strip() or _MORE.search(more) or _DENIED.search(more):
+        return None
+    line = _undecorated(line)
+    if _WORD_OR_POINT.fullmatch(line):
+        return None if more else line
+    stated = _of_sentence(line)
+    return stated if stated != line else None
 
 
 def _of_sentence(block: str) -> str:
