@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import re
 
-from igrpo_jax.rewards.mathematics import leaves, letters, names, plus_minus, regions, spoken, words
+from igrpo_jax.rewards.mathematics import leaves, letters, names, plus_minus, regions, rounding, spoken, words
 from igrpo_jax.rewards.mathematics.exact import NoValue, Value
 from igrpo_jax.rewards.mathematics.nodes import Choice, Leaf, Matrix, Named, Node, Region, Relation, Sequence, Words
 from igrpo_jax.rewards.mathematics.tokens import Token, is_enclosed, latex, split, tokenize
@@ -50,7 +50,7 @@ def _read_whole(answer: str) -> Node | None:
         if day:
             return Words(day, day)
         answer = words.without_label(spoken.rewritten(letters.unnamed(answer)))
-    tokens = _without_edges(tokenize(answer))
+    tokens = _without_edges(tokenize(rounding.with_sign(answer)))
     if not tokens:
         return None
     try:

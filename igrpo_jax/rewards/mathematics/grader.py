@@ -15,7 +15,7 @@ Conventions, where usage differs:
 - A decimal is exact: 0.333 is not 1/3, and 1.41421356 is not √2. A tolerance would reward rounding a right answer and
   guessing a near one. 0.\overline{3} is 1/3. 0.333... goes on in a way that it does not say: it equals its own text.
   100/3 \approx 33.33 is both, because the second is the first one rounded; \pi \approx 22/7 is the first alone;
-  101 \approx 100 is two guesses.
+  101 \approx 100 is two guesses. "1/3 (about 0.33)", "1/3 or about 0.33" and "3/4 (75%)" are the same with words.
 - 1,234 is one thousand two hundred thirty-four, and so is 1{,}234; 3{,}5 is 3.5. A bare comma before one, two, four or
   more digits separates a list: if it were a decimal comma, 1,2 would equal 1.2. 102,204 without blanks is a number or a
   list, whichever the other side means; 100,050 is a number.
