@@ -76,6 +76,21 @@ _MORE_SAID = re.compile(
 _NO_SUBJECT = re.compile(r"[\d$\\]|\b[B-J]\b|\bA\b(?!\s+[a-z])")  # 18 is the total, (A) is 5: not before "is"
 _STATED = re.compile(r"[\d$\\]|^\(?[A-J]\)?$")  # and not "the total", which may stand behind "Five is"
 
+_NAMED = re.compile(r"\b(?:angle|arc|side|segment|line|point|triangle|circle|vertex)\s[A-Z]{1,3}\b")  # no choice
+# "It takes 12 days": a verb before the only number of a sentence, which says the number alone.
+_VERB = re.compile(
+    r"\s(?:was|were|takes?|took|has|have|had|needs?|needed|earns?|earned|makes?|made|costs?|weighs?|spent|saved|paid|sold"
+    r"|bought|got|received|used|collected|scored|gained)\s(?:home\s|a\stotal\sof\s)?(?=[$\d])"
+)
+_NUMBER = re.compile(r"\d[\d.,/]*")
+_CHANGED = re.compile(
+    r"\b(?:or|than|to|from|of|per|times|more|less|fewer|by|out|least|most|about|nearly|almost|over|under|up|between|half"
+    r"|hundred|thousand|million|billion|dozens?|may|might|would|one|other|others|another|nobody|hardly|only)\b|[-+*/%^=<>()]",
+    re.IGNORECASE,
+)
+_IN_TEXT_IS = re.compile(r"\\(?:text|textrm|mbox)\s?\{\s*([^{}]*\s(?:is|are|equals))\s*\}\s*(?=\S)")
+_TEXT_ALONE = re.compile(r"\\(?:text|textrm|mbox)\s?\{([^{}]*)\}\.?")
+
 # Markdown's bold, and what may stand beside an answer without a word. x**2 is a power, and a cross denies.
 _BOLD = re.compile(r"(?<![\w*)\]}$])(\*{2,3})(?![\s*])([^*\n]+)(?<!\s)\1(?![\w*(])")
 _BOLD_BEFORE = re.compile(r"(\*{2,3})[^*\n]*\Z")  # before "answer"
@@ -100,7 +115,7 @@ _IN_BOX = re.compile(rf"\s*({_TEXT})?\s*{_LEAD}[Aa]nswer\s{{0,4}}(?:is\b|:|=)\s*
 # Words between "the answer is" and the answer, words that are not an answer, and words about one that was given before.
 _FILLERS = re.compile(
     r"(?:\s*(?:indeed|therefore|thus|hence|simply|just|clearly|obviously|then|now|actually|definitely|really|certainly"
-    r"|also|again|still|exactly|precisely|equal to|given by|as follows|for sure|of course"
+    r"|also|again|still|currently|exactly|precisely|equal to|given by|as follows|for sure|of course"
     r"|(?:right )?(?:t?here|below)(?=:))\b[,:]?)+\s*",
     re.IGNORECASE,
 )
@@ -216,12 +231,18 @@ def _marked(text: str) -> tuple[int, str | None]:
 
 
 def without_lead_in(answer: str) -> str:
-    r"""Returns what stands in an answer after "The answer is" or "Answer:", both of which may be in \text{…}."""
+    r"""Returns what stands in an answer after "The answer is" or "The area is", both of which may be in \text{…}."""
     match = _IN_BOX.match(answer)
-    if not match:
-        return answer
-    opened, closed = match[1] or "", match[2] or ""
-    return ("" if opened and closed else opened + closed) + answer[match.end() :].strip()
+    if match:
+        opened, closed = match[1] or "", match[2] or ""
+        return ("" if opened and closed else opened + closed) + answer[match.end() :].strip()
+    if sentence := _TEXT_ALONE.fullmatch(answer):
+        stated = _of_sentence(sentence[1])
+        return answer if stated == sentence[1] else stated
+    begun = _IN_TEXT_IS.match(answer)
+    if begun and not any(p.search(begun[1]) for p in (_NO_SUBJECT, _MORE_SAID, _DENIED, _CHANGED)):
+        return answer[begun.end() :].strip()
+    return answer
 
 
 def _last_statement(text: str) -> str | None:
@@ -287,14 +308,31 @@ def _under_heading(text: str, start: int) -> str | None:
 
 def _of_sentence(block: str) -> str:
     """Returns what a block says if it is one sentence, as "The total is 18."; any other block as it is."""
-    if len(block) > MAX_STATEMENT or "\n" in block or _MORE_SAID.search(block) or _DENIED.search(block):
+    subject, *said = _IS.split(block[:MAX_STATEMENT], maxsplit=1)
+    # "The sum of both x and y is 5" says one thing.
+    says = f"{subject.replace(' and ', ' ')} is {said[0]}" if said else block
+    if len(block) > MAX_STATEMENT or "\n" in block or _MORE_SAID.search(says) or _DENIED.search(block):
         return block
     _, *more = _CLAUSE.split(block, maxsplit=1)
-    subject, *said = _IS.split(block, maxsplit=1)
-    if _MORE.search("".join(more)) or (said and _NO_SUBJECT.search(subject)) or not (said or _FILLERS.match(block)):
+    if _MORE.search("".join(more)) or (said and _is_unclear(subject)):
+        return block
+    if not (said or _FILLERS.match(block) or _counted(block.rstrip("."))):
         return block
     stated = _said(block)
     return stated if stated and _STATED.search(stated) else block
+
+
+def _is_unclear(subject: str) -> bool:
+    """Returns whether what stands before "is" may itself be the answer, as in "18 is the total" or "(A) is 5"."""
+    return bool(_NO_SUBJECT.search(_NAMED.sub("", subject)))
+
+
+def _counted(sentence: str) -> str | None:
+    """Returns the "12 days" of "It takes 12 days", None where other words may change the number, or there are two."""
+    subject, *said = _VERB.split(sentence, maxsplit=2)
+    if len(said) != 1 or _is_unclear(subject) or len(_NUMBER.findall(said[0])) != 1:
+        return None
+    return None if any(p.search(sentence) for p in (_CHANGED, _MORE_SAID, _DENIED, _IS)) else said[0]
 
 
 def _undecorated(text: str) -> str:
@@ -307,6 +345,7 @@ def _said(rest: str) -> str | None:
     rest = _BOLD.sub(r"\2", rest.lstrip()).lstrip("*").lstrip()
     rest = _FILLERS.sub("", rest, count=1) if _FILLERS.match(rest) else rest
     stated = _undecorated(_clause(rest))
+    stated = _counted(stated) or stated
     is_none = stated in ("", "\\boxed{}") or _NO_ANSWER.fullmatch(stated) or _OPEN_END.search(stated)
     return None if is_none else stated
 
@@ -319,7 +358,8 @@ def _clause(text: str) -> str:
     start = first.end() if first else 0
     clause = text[:start] + _CLAUSE.split(text[start:], maxsplit=1)[0]
     if not first:
-        clause = _IS.split(clause)[-1]  # "The largest n is 34"
+        *subject, clause = _IS.split(clause)  # "The largest n is 34"
+        clause = _FILLERS.sub("", clause, count=1) if subject and _FILLERS.match(clause) else clause
     formula = _FORMULA.search(clause)
     if formula is None:
         return clause
