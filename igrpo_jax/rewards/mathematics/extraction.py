@@ -1,14 +1,17 @@
 r"""Finds where a completion states its final answer: the last box, `<answer>`, GSM8K's `####`, or "the answer is".
 
 Only statements count. A completion that ends in a number without saying that it is the answer has none. Nothing inside
-`<think>` counts if something follows it. Not here: whether the answer is right. All functions take linear time.
+`<think>` counts if something follows it. Not here: what a sentence states (`sentences`), and whether the answer is
+right. All functions take linear time.
 """
 
 import collections
 import re
 
+from igrpo_jax.rewards.mathematics import sentences
+from igrpo_jax.rewards.mathematics.sentences import MAX_STATEMENT
+
 MAX_TEXT = 200_000  # characters of a completion that are read, at its end
-MAX_STATEMENT = 1_000  # characters after "the answer is"
 
 # Matches boxes, braces, and escaped characters, so that \{ does not count as a brace. `\\boxed{` comes from escaping
 # twice. `\boxed 2` without braces counts only at the end of a formula, because prose mentions \boxed as well.
@@ -31,72 +34,14 @@ _PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _BEGINNING = re.compile(_VALUE)
-_IN_DOLLARS = r"((?:\\.|[^$\\])*)"  # a price in a formula is \$18
-# The second $ before a digit is that of a price, as in "$18. She sells 9 eggs at $2 each", and ends no formula.
-_FORMULA = re.compile(
-    rf"(?<!\\)\$\${_IN_DOLLARS}\$\$|(?<!\\)\${_IN_DOLLARS}\$(?!\.?\d)|\\\(([^$]*?)\\\)|\\\[([^$]*?)\\\]"
-)
-_MATH = re.compile(rf"\s*(?:\*\*)?\s*(?:{_FORMULA.pattern})")
-_LISTING = re.compile(r"(?:[\s,.*]|and\b|or\b)*")
-# A formula is the answer where these words alone stand before it and its part of the sentence ends behind it. Other
-# words may change it: at least $5$, $5$ hundred, $13$ (base 8).
-_BEFORE_FORMULA = re.compile(
-    r"(?:[\s:*,]|\b(?:the|an?|our|value|number|integer|ordered|pair|triple|tuple|point|interval|set|matrix|vector"
-    r"|function|polynomial|equation|expression|fraction|sum|total of|only|just|then|that)\b)*"
-)
-_BEHIND_FORMULA = re.compile(
-    r"[\s*]*(?:$|[).:;\]]|,(?!\s*(?:or|and|plus|minus|but|not)\b)|\((?!\s*(?:mod|base|in|or|and|times)\b|\s*[\d$\\]))"
-)
-# "I don't think the answer is 5", "If the answer is 5, then ...", "A wrong answer is 5": before the word "answer".
-_DENIED = re.compile(
-    r"\b(?:not|\w+n['’]t|cannot|never|(?<!no )(?<!without )doubt|refuse|false|if|suppose|assume|assuming|whether|might"
-    r"|could|some say|wrong|incorrect|unless|previous|guess)\b(?!.*\b(?:but|so|hence|thus|therefore|then)\b)",
-    re.IGNORECASE,
-)
 _PART_OF_SENTENCE = re.compile(r"[^.!?,;:\n]*$")
 _LIST = re.compile(r"[\s*]*1[.)]\s+[A-Z]")  # "Answer:", and then a numbered list
-_REMARK = "it|but|because|since|which|as|the|this|that|we|not"
-# A dash ends a clause before these words alone: before others it may be a minus, or that of "5 – 10", and what follows
-# may change the answer, as in "x+1 – all over 2".
-_CLAUSE = re.compile(
-    r"[.!?;]?\s+(?:because|since|so|which|as|for|where|when|therefore)\b"
-    rf"|,\s+(?:{_REMARK}|so)\b|(?:\s–\s|\s?—\s?)\s{{0,4}}(?i:{_REMARK}|all\s(?:of|are|have|the|these))\b"
-    r"|[.!?](?:\s|$)|\n"
-)
-# "B. Alina or C. Ben": the end of the first sentence is not the end of what is stated.
-_TWO_CHOICES = re.compile(r"\(?[A-J][).:]\s[^\n]{1,200}?(?:\b(?:or|and)|,)\s+\(?[A-J][).:]\s[^\n]{0,200}")
-_IS = re.compile(r"\s(?:is|are|equals)\s(?!not\b)")
-# A sentence that says more than one thing, or denies it.
-_MORE_SAID = re.compile(
-    r"[;?]|\sand\s|\b(?:is|are|equals|was|were)\b.*\b(?:is|are|equals|was|were)\b"
-    r"|\b(?:neither|nor|none|no|nothing|never|not|without|except|what|which|how)\b"
-    r"|\b(?:half|third|quarter|twice|double)\b",
-    re.IGNORECASE,
-)
-_NO_SUBJECT = re.compile(r"[\d$\\]|\b[B-J]\b|\bA\b(?!\s+[a-z])")  # 18 is the total, (A) is 5: not before "is"
-_STATED = re.compile(r"[\d$\\]|^\(?[A-J]\)?$")  # and not "the total", which may stand behind "Five is"
 
-_NAMED = re.compile(r"\b(?:angle|arc|side|segment|line|point|triangle|circle|vertex)\s[A-Z]{1,3}\b")  # no choice
-# "It takes 12 days": a verb before the only number of a sentence, which says the number alone.
-_VERB = re.compile(
-    r"\s(?:was|were|takes?|took|has|have|had|needs?|needed|earns?|earned|makes?|made|costs?|weighs?|spent|saved|paid|sold"
-    r"|bought|got|received|used|collected|scored|gained)\s(?:home\s|a\stotal\sof\s)?(?=[$\d])"
-)
-_NUMBER = re.compile(r"\d[\d.,/]*")
-_CHANGED = re.compile(
-    r"\b(?:or|than|to|from|of|per|times|more|less|fewer|by|out|least|most|about|nearly|almost|over|under|up|between|half"
-    r"|hundred|thousand|million|billion|dozens?|may|might|would|one|other|others|another|nobody|hardly|only)\b|[-+*/%^=<>()]",
-    re.IGNORECASE,
-)
 _IN_TEXT_IS = re.compile(r"\\(?:text|textrm|mbox)\s?\{\s*([^{}]*\s(?:is|are|equals))\s*\}\s*(?=\S)")
 _TEXT_ALONE = re.compile(r"\\(?:text|textrm|mbox)\s?\{([^{}]*)\}\.?")
 
-# Markdown's bold, and what may stand beside an answer without a word. x**2 is a power, and a cross denies.
-_BOLD = re.compile(r"(?<![\w*)\]}$])(\*{2,3})(?![\s*])([^*\n]+)(?<!\s)\1(?![\w*(])")
 _BOLD_BEFORE = re.compile(r"(\*{2,3})[^*\n]*\Z")  # before "answer"
-_DECORATION = " \t\r\n*✅✔☑🎉🎯\ufe0f"
 
-_MORE = re.compile(r"[\d$\\]")  # in what follows the first clause of a sentence: perhaps a second answer
 
 _LAST_STATEMENTS = 8  # how many are tried, from the last one
 # Opens a formula in which "The answer is" stands, as in $\\text{The answer is } 9$.
@@ -107,27 +52,10 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _WORD_OR_POINT = re.compile(r"(?:[A-Z][a-z]+|\([^()]{1,100}\))\.?")  # an answer in a line under a heading
 _INSIDE = re.compile(rf"(\$\$?|\\\[|\\\()\s{{0,4}}({_TEXT}\s{{0,4}})?{_LEAD}$")
 _LONGEST_DENIAL = 100  # characters before "answer" that may deny it
-_OPEN_END = re.compile(r"\b(?:or|and)[\s,]*$")  # "5 or, since n is odd, 6" is cut behind "or"
 _LONGEST_LEAD = 60  # characters between the formula's beginning and "answer"
 _CLOSINGS = {"$": "$", "$$": "$$", "\\[": "\\]", "\\(": "\\)"}
 _IN_BOX = re.compile(rf"\s*({_TEXT})?\s*{_LEAD}[Aa]nswer\s{{0,4}}(?:is\b|:|=)\s*:?\s*(\}})?")
 
-# Words between "the answer is" and the answer, words that are not an answer, and words about one that was given before.
-_FILLERS = re.compile(
-    r"(?:\s*(?:indeed|therefore|thus|hence|simply|just|clearly|obviously|then|now|actually|definitely|really|certainly"
-    r"|also|again|still|currently|exactly|precisely|equal to|given by|as follows|for sure|of course"
-    r"|(?:right )?(?:t?here|below)(?=:))\b[,:]?)+\s*",
-    re.IGNORECASE,
-)
-_NO_ANSWERS = (
-    "and or but if so as in on at by to for from of that this these those there it its he she we you they what which "
-    "who how why when where because since with without wrong incorrect mistaken unclear unknown uncertain unsure "
-    "undetermined pending missing different too very quite probably likely maybe perhaps going based derived found "
-    "obtained computed calculated determined given written shown stated simplified rounded expressed required needed "
-    "wanted expected supposed asking asked left your my our their his her only always usually sometimes often indeed "
-    "therefore thus hence not"
-)
-_NO_ANSWER = re.compile(rf"(?:{'|'.join(_NO_ANSWERS.split())})\b[^\d$\\]*", re.IGNORECASE)
 _CONFIRMED = re.compile(
     r"(?:correct|right|verified|confirmed|consistent|reasonable|valid|above|below|boxed|plausible|sensible)\b[^\d$\\]*",
     re.IGNORECASE,
@@ -169,7 +97,8 @@ def extract(text: str) -> str | None:
         text = after if after.strip() else thought
     blocks = [match[1] for match in _BLOCK.finditer(text) if match[1].strip()]
     if blocks:
-        return last_box(blocks[-1]) or _last_statement(blocks[-1]) or _of_sentence(_undecorated(blocks[-1]))
+        block = blocks[-1]
+        return last_box(block) or _last_statement(block) or sentences.of_sentence(sentences.undecorated(block))
     return last_box(text) or _last_statement(text)
 
 
@@ -226,7 +155,7 @@ def _marked(text: str) -> tuple[int, str | None]:
         content = match[1].strip()
         is_last = len(content) <= MAX_STATEMENT and not text[match.end() : match.end() + MAX_STATEMENT].strip()
         if content and (_PLAIN.fullmatch(content[:MAX_STATEMENT]) or (is_last and not _HEADING.match(content))):
-            return match.start(), _undecorated(content)
+            return match.start(), sentences.undecorated(content)
     return -1, None
 
 
@@ -236,11 +165,13 @@ def without_lead_in(answer: str) -> str:
     if match:
         opened, closed = match[1] or "", match[2] or ""
         return ("" if opened and closed else opened + closed) + answer[match.end() :].strip()
+    if len(answer) > MAX_STATEMENT:
+        return answer
     if sentence := _TEXT_ALONE.fullmatch(answer):
-        stated = _of_sentence(sentence[1])
+        stated = sentences.of_sentence(sentence[1])
         return answer if stated == sentence[1] else stated
     begun = _IN_TEXT_IS.match(answer)
-    if begun and not any(p.search(begun[1]) for p in (_NO_SUBJECT, _MORE_SAID, _DENIED, _CHANGED)):
+    if begun and sentences.leads_to_answer(begun[1]):
         return answer[begun.end() :].strip()
     return answer
 
@@ -253,7 +184,7 @@ def _last_statement(text: str) -> str | None:
             break
         before = _PART_OF_SENTENCE.search(text, max(0, match.start() - _LONGEST_DENIAL), match.start())
         is_list = "\n" in text[match.start() : match.end() + 4] and _LIST.match(text, match.end())
-        if is_list or _DENIED.search(before[0]):
+        if is_list or sentences.DENIED.search(before[0]):
             continue
         if match["heading"] and not _BEGINNING.match(text, match.end()):
             if stated := _under_heading(text, match.end()):
@@ -277,7 +208,7 @@ def _stated(text: str, phrase: re.Match) -> str | None:
     if _MACRO_BEFORE.search(before):
         rest = _without_closing(phrase[0], rest)
     bold = _BOLD_BEFORE.search(before)
-    return _said(bold[1] + rest.lstrip() if bold and not rest.lstrip().startswith("*") else rest)
+    return sentences.said(bold[1] + rest.lstrip() if bold and not rest.lstrip().startswith("*") else rest)
 
 
 def _without_closing(phrase: str, rest: str) -> str:
@@ -297,75 +228,10 @@ def _under_heading(text: str, start: int) -> str | None:
     Nothing behind that line may state or deny anything.
     """
     line, _, more = text[start : start + MAX_STATEMENT].strip().partition("\n")
-    if text[start + MAX_STATEMENT :].strip() or _MORE.search(more) or _DENIED.search(more):
+    if text[start + MAX_STATEMENT :].strip() or sentences.MORE.search(more) or sentences.DENIED.search(more):
         return None
-    line = _undecorated(line)
+    line = sentences.undecorated(line)
     if _WORD_OR_POINT.fullmatch(line):
         return None if more else line
-    stated = _of_sentence(line)
+    stated = sentences.of_sentence(line)
     return stated if stated != line else None
-
-
-def _of_sentence(block: str) -> str:
-    """Returns what a block says if it is one sentence, as "The total is 18."; any other block as it is."""
-    subject, *said = _IS.split(block[:MAX_STATEMENT], maxsplit=1)
-    # "The sum of both x and y is 5" says one thing.
-    says = f"{subject.replace(' and ', ' ')} is {said[0]}" if said else block
-    if len(block) > MAX_STATEMENT or "\n" in block or _MORE_SAID.search(says) or _DENIED.search(block):
-        return block
-    _, *more = _CLAUSE.split(block, maxsplit=1)
-    if _MORE.search("".join(more)) or (said and _is_unclear(subject)):
-        return block
-    if not (said or _FILLERS.match(block) or _counted(block.rstrip("."))):
-        return block
-    stated = _said(block)
-    return stated if stated and _STATED.search(stated) else block
-
-
-def _is_unclear(subject: str) -> bool:
-    """Returns whether what stands before "is" may itself be the answer, as in "18 is the total" or "(A) is 5"."""
-    return bool(_NO_SUBJECT.search(_NAMED.sub("", subject)))
-
-
-def _counted(sentence: str) -> str | None:
-    """Returns the "12 days" of "It takes 12 days", None where other words may change the number, or there are two."""
-    subject, *said = _VERB.split(sentence, maxsplit=2)
-    if len(said) != 1 or _is_unclear(subject) or len(_NUMBER.findall(said[0])) != 1:
-        return None
-    return None if any(p.search(sentence) for p in (_CHANGED, _MORE_SAID, _DENIED, _IS)) else said[0]
-
-
-def _undecorated(text: str) -> str:
-    """Returns the text without the stars of Markdown's bold, and without check marks and blanks at its ends."""
-    return _BOLD.sub(r"\2", text).strip(_DECORATION)
-
-
-def _said(rest: str) -> str | None:
-    """Returns the clause behind "answer is" without the words that only lead to it; None for no answer."""
-    rest = _BOLD.sub(r"\2", rest.lstrip()).lstrip("*").lstrip()
-    rest = _FILLERS.sub("", rest, count=1) if _FILLERS.match(rest) else rest
-    stated = _undecorated(_clause(rest))
-    stated = _counted(stated) or stated
-    is_none = stated in ("", "\\boxed{}") or _NO_ANSWER.fullmatch(stated) or _OPEN_END.search(stated)
-    return None if is_none else stated
-
-
-def _clause(text: str) -> str:
-    """Returns the clause that `text` begins with, or its formula alone where no word beside it may change it."""
-    if choices := _TWO_CHOICES.match(text):
-        return choices[0]
-    first = _MATH.match(text)
-    start = first.end() if first else 0
-    clause = text[:start] + _CLAUSE.split(text[start:], maxsplit=1)[0]
-    if not first:
-        *subject, clause = _IS.split(clause)  # "The largest n is 34"
-        clause = _FILLERS.sub("", clause, count=1) if subject and _FILLERS.match(clause) else clause
-    formula = _FORMULA.search(clause)
-    if formula is None:
-        return clause
-    is_list = len(_FORMULA.findall(clause)) > 1 and _LISTING.fullmatch(_FORMULA.sub("", clause))  # $1$ or $2$
-    is_alone = _BEFORE_FORMULA.fullmatch(clause, 0, formula.start()) and _BEHIND_FORMULA.match(clause, formula.end())
-    if is_list:
-        return clause
-    inside = lambda formula: formula[formula.lastindex]  # without the signs around it
-    return inside(formula) if is_alone else _FORMULA.sub(inside, clause)

@@ -393,7 +393,7 @@ HOSTILE = [
     ),
     *("the answer is $", r"\boxed ", "answer:\n", r"\(", "**", "#### ", "#### 1\n", "####:", "answer\n"),
     *("the answer is $1 ", "$1 ", "$$1", "answer is 1 – ", "answer is 1 — as"),
-    *("answer: It takes 1 ", r"\boxed{\text{It is } 1}", r"\text{It is "),
+    *("answer: It takes 1 ", r"\boxed{\text{It is } 1}", r"\text{It is ", "not "),
     *("## Answer\n", "**Answer**\nIt is 5.\n", r"\textbf{Answer: ", r"{\bf Answer: }"),
     *("**a ", "answer is **1", "** answer: 1**"),
     *("the answer is correct ", "indeed ", r"\text{Answer: } ", r"\boxed{Answer: 1}"),
