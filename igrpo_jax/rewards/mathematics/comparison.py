@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
-from igrpo_jax.rewards.mathematics import derivatives, exact, regions, symbolic, units
+from igrpo_jax.rewards.mathematics import derivatives, exact, names, regions, symbolic, units
 from igrpo_jax.rewards.mathematics.exact import Value
 from igrpo_jax.rewards.mathematics.nodes import (
     Choice,
@@ -192,8 +192,8 @@ def _same_sequences(a: Sequence, b: Sequence) -> bool:
         return is_point and b.kind == "list" and _in_order(a.items, _by_name(b.items))
     if {a.kind, b.kind} != {"set"}:
         # x_1 and x_2 are roots in any order.
-        names = ([item.name for item in side.items if isinstance(item, Named)] for side in (a, b))
-        named = [len({"x" if name.startswith("x_") else name for name in side}) for side in names]
+        stated = ([item.name for item in side.items if isinstance(item, Named)] for side in (a, b))
+        named = [len({"x" if name.startswith("x_") else name for name in side}) for side in stated]
         if (named[0] == len(a.items) and not named[1]) or (named[1] == len(b.items) and not named[0]):
             return _in_order(a.items, b.items)
     # Without this, all pairs of a long list of garbage would be compared before any with the reference.
@@ -214,9 +214,9 @@ def _in_order(a: Iterable[Node], b: Iterable[Node]) -> bool:
 
 
 def _by_name(items: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Returns named items in the order of their names: `y = 2, x = 1` is the point (1, 2)."""
+    """Returns named items in the order that their names have in a point: `y = 2, x = 1` is (1, 2)."""
     if all(isinstance(item, Named) for item in items) and len({item.name for item in items}) == len(items):
-        return tuple(sorted(items, key=lambda item: item.name))
+        return tuple(items[at] for at in names.in_order([item.name for item in items]))
     return items
 
 

@@ -34,7 +34,7 @@ Conventions, where usage differs:
   right sides. `x = 5` is not `y = 5`, but f(x) = x is f(n) = n, while f(a) = 3 is a value at a. "For all x" behind
   f(x) = x says nothing unless the sides state two domains: integers are not real numbers. `2x + z = 1`, m + n = 5 and
   \ln x = 5 are equations and nothing else, equal to their multiples. Where several named values meet unnamed ones, the
-  order counts, x_1 and x_2 aside.
+  order counts, x_1 and x_2 aside. For a point that is the order of x, y; r, \theta; m, b; …, else the written one.
 - dx/dt, \frac{d x}{d t} and \dot{x} are one symbol, which is not a quotient. In equations so is x', if nothing
   speaks for another variable. y'(t) is y' times t: arguments of unknown functions are not dropped.
 - x = 1 \quad y = 2, and x = 1 and y = 2 on lines of their own, are a list if each defines another letter, and none by

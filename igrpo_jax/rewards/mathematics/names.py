@@ -3,6 +3,8 @@ r"""The names of quantities, which only name the right side of an equation: a_3 
 Not here: what the right side says (`answers`).
 """
 
+import re
+
 from igrpo_jax.rewards.mathematics import units
 from igrpo_jax.rewards.mathematics.tokens import FUNCTIONS, GREEK, Cursor, Token, is_enclosed, split
 from igrpo_jax.rewards.mathematics.words import OPERATORS, is_denied
@@ -59,6 +61,32 @@ def with_argument_x(left: list[Token], right: list[Token]) -> tuple[list[Token],
     renamed = lambda token: token._replace(text=token.text.replace(letter, "x"))
     left, right = ([renamed(token) if is_run(token) else token for token in side] for side in (left, right))
     return left, right
+
+
+# Letters in the order in which a point or tuple has them. Others, as l and w or n and k, stand in either order.
+_RUNS = r"""a b c d e f | m b | h k | a h k | l m n | p q r s t | s t u | t x | u v w | x y z | A B C D E F | P Q R S T
+X Y Z | \rho \theta \phi | r \theta \phi | r \theta z | \alpha \beta \gamma \delta | \lambda \mu"""
+_ORDERS = [{letter: at for at, letter in enumerate(run.split())} for run in re.split(r"[|\n]", _RUNS)]
+_PIECES = re.compile(r"\\[A-Za-z]+|[A-Z]?[a-z]{2,}|\d+|\S")
+
+
+def in_order(names: list[str]) -> list[int]:
+    r"""Returns which name stands first, second, …, as [1, 0] for y, x. Names without a known order stay as they are.
+
+    Those with an order differ in one letter, as x and y or \angle A and \angle B, or in one number, as x_2 and x_{10}.
+    """
+    written = list(range(len(names)))
+    pieces = [[piece for piece in _PIECES.findall(name) if piece not in "{}"] for name in names]
+    if len(set(map(len, pieces))) != 1:
+        return written
+    columns = [column for column in zip(*pieces, strict=True) if len(set(column)) > 1]
+    if len(columns) != 1:
+        return written
+    column = columns[0]
+    if all(map(str.isdecimal, column)):
+        return sorted(written, key=lambda at: int(column[at]))
+    order = next((order for order in _ORDERS if order.keys() >= set(column)), None)
+    return sorted(written, key=lambda at: order[column[at]]) if order else written
 
 
 def is_name(tokens: list[Token], value: list[Token]) -> bool:

@@ -18,6 +18,16 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # named coordinates in a known order of their names, else in the order in which they are written
+    (r"r = 3, \theta = \frac{\pi}{2}", r"\left( 3, \frac{\pi}{2} \right)"),
+    (r"\theta = \frac{\pi}{2}, r = 3", r"\left( 3, \frac{\pi}{2} \right)"),
+    (r"\rho = 1, \theta = 2, \phi = 3", "(1,2,3)"),
+    (r"r = 1, \theta = 2, z = 3", "(1,2,3)"),
+    ("m=2, b=3", "(2,3)"),
+    ("b=3, m=2", "(2,3)"),
+    ("n=5, k=2", "(5,2)"),
+    ("n=3, m=2", "(2,3)"),
+    ("x_{10} = 3, x_9 = 2", "(2,3)"),
     # equations that only sympy reads
     (r"\sum_{k=1}^n a_k + 1 = 5", r"1 + \sum_{k=1}^n a_k = 5"),
     (r"\sum_{k=1}^n a_k + 1 = 5", r"5 = \sum_{k=1}^n a_k + 1"),
@@ -1625,6 +1635,17 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # named coordinates that are exchanged
+    (r"r = \frac{\pi}{2}, \theta = 3", r"\left( 3, \frac{\pi}{2} \right)"),
+    (r"\theta = 3, r = \frac{\pi}{2}", r"\left( 3, \frac{\pi}{2} \right)"),
+    (r"\rho = 1, \theta = 3, \phi = 2", "(1,2,3)"),
+    (r"\rho = 1, \phi = 2, \theta = 3", "(1,2,3)"),
+    ("m=3, b=2", "(2,3)"),
+    ("b=2, m=3", "(2,3)"),
+    ("m=2, b=4", "(2,3)"),
+    ("n=2, k=5", "(5,2)"),
+    ("x=3, z=2", "(2,3)"),
+    ("f(2)=3, f(1)=5", "(3,5)"),
     # what is written by half, or has no value
     (r"4^{\log_3 7}", r"4^{\log_2 7}"),
     (r"\arcsin(-2)", r"\arcsin(-1)"),

@@ -33,3 +33,29 @@ from igrpo_jax.rewards.mathematics.tokens import tokenize
 )
 def test_is_name(name, value, expected):
     assert names.is_name(tokenize(name), tokenize(value)) is expected
+
+
+@pytest.mark.parametrize(
+    "ordered",
+    [
+        ["x", "y", "z"],
+        ["a", "b", "c"],
+        ["m", "b"],
+        ["h", "k"],
+        ["r", r"\theta "],
+        ["r", r"\theta ", "z"],
+        [r"\rho ", r"\theta ", r"\phi "],
+        ["x_2", "x_9", "x_{10}"],
+        [r"\angle A", r"\angle B"],
+        ["f(1)", "f(2)"],
+    ],
+)
+def test_known_orders(ordered):
+    backwards = ordered[::-1]
+    assert [backwards[at] for at in names.in_order(backwards)] == ordered
+    assert names.in_order(ordered) == list(range(len(ordered)))
+
+
+@pytest.mark.parametrize("written", [["n", "k"], ["k", "n"], ["w", "l"], ["x", "w"], ["cat", "bat"], ["x", "y_1"], []])
+def test_names_without_an_order_stay_as_they_are(written):
+    assert names.in_order(written) == list(range(len(written)))
