@@ -55,12 +55,19 @@ def _mixed(cursor: Cursor) -> Fraction:
         top, bottom, length = texts[2], texts[5], 7
     elif texts[1] == "/" and cursor.kind() == "number" and cursor.tokens[cursor.at].spaced:
         top, bottom, length = texts[0], texts[2], 3
-    if not (top.isdecimal() and bottom.isdecimal()) or cursor.peek(length) in ("^", "!"):
+    if not (top.isdecimal() and bottom.isdecimal()) or _has_operation(cursor, length):
         return Fraction(0)
     if int(top) >= int(bottom):
         raise NoValue("an improper mixed number")
     cursor.at += length
     return Fraction(int(top), int(bottom))
+
+
+def _has_operation(cursor: Cursor, ahead: int) -> bool:
+    """Returns whether a power or a factorial follows, and no degree sign, which is that of the whole number."""
+    if cursor.peek(ahead) != "^":
+        return cursor.peek(ahead) == "!"
+    return cursor.peek(ahead + 1 + (cursor.peek(ahead + 1) == "{")) != "circ"
 
 
 def _decimal(text: str) -> Fraction:

@@ -18,6 +18,13 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # a degree sign behind a mixed number
+    (r"22\frac{1}{2}^\circ", r"22.5^{\circ}"),
+    (r"22\frac{1}{2}^{\circ}", "22.5"),
+    ("22 1/2°", r"22.5^{\circ}"),
+    (r"38\frac{4}{7}^\circ", r"\frac{270}7\text{ degrees}"),
+    (r"\sin 22\frac12^\circ", r"\sin 22.5^\circ"),
+    (r"2\frac{1}{2}^2", r"2 \cdot \frac14"),
     # named coordinates in a known order of their names, else in the order in which they are written
     (r"r = 3, \theta = \frac{\pi}{2}", r"\left( 3, \frac{\pi}{2} \right)"),
     (r"\theta = \frac{\pi}{2}, r = 3", r"\left( 3, \frac{\pi}{2} \right)"),
@@ -1635,6 +1642,14 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # a degree sign behind a mixed number
+    (r"22\frac{1}{2}^\circ", "11"),
+    (r"22\frac{1}{2}^\circ", r"11^\circ"),
+    (r"22\frac{1}{2}^\circ", r"22\frac{1}{3}^\circ"),
+    (r"3\frac{5}{3}^\circ", "5"),
+    (r"22\frac{1}{2}^\circ \text{ or } 23^\circ", "22.5"),
+    (r"2\frac{1}{2}^2", "6.25"),
+    ("22 1/2° C", "22.5° F"),
     # named coordinates that are exchanged
     (r"r = \frac{\pi}{2}, \theta = 3", r"\left( 3, \frac{\pi}{2} \right)"),
     (r"\theta = 3, r = \frac{\pi}{2}", r"\left( 3, \frac{\pi}{2} \right)"),
