@@ -4,10 +4,10 @@ r"""Reads expressions in LaTeX and plain text to exact values: a recursive-desce
     value_of(tokens)           -> exact.Value
 
 Expressions are read as people write them. Juxtaposition is a product, but 2\frac12 and "2 1/2" are mixed numbers, and
-any other number behind a factor, as in 2 2, 2{2} or \frac12 12, leaves no value. A run of letters is a product of
-one-letter symbols unless it is a name such as `sqrt` or `pi`; `x_1`, `\lambda_{red}` and dx/dt are symbols; `i` and `e`
-are numbers. 1,234 is one number, except inside (), [] and \{\}, where a comma separates; 3{,}5 is 3.5; 4.5e33 is
-4.5·10^33; 0.\overline{3} is 1/3. \log without a base is left undecided.
+any other number behind a factor, as in 2 2, 2{2} or \frac12 12, leaves no value, unless both are factorials: 2!3!. A
+run of letters is a product of one-letter symbols unless it is a name such as `sqrt` or `pi`; `x_1`, `\lambda_{red}` and
+dx/dt are symbols; `i` and `e` are numbers. 1,234 is one number, except inside (), [] and \{\}, where a comma separates;
+3{,}5 is 3.5; 4.5e33 is 4.5·10^33; 0.\overline{3} is 1/3. \log without a base is left undecided.
 
 Not here: answers that are not one expression (`answers`); arithmetic (`exact`). Nothing is ever evaluated as Python.
 Takes linear time, apart from the arithmetic. Limit: MAX_DEPTH.
@@ -79,19 +79,19 @@ class Parser:
         return total
 
     def _product(self) -> Value:
-        value = self._signed()
+        value, is_quotient = self._signed(), False
         while True:
             if self._cursor.peek() == "*" and self._cursor.peek(1) != "*":
                 self._cursor.take("*")
                 value = value * self._signed()
             elif self._cursor.take("/"):
-                value = value / self._denominator()
+                value, is_quotient = value / self._denominator(), True
             elif self._cursor.take("bmod"):
                 n, modulus = _integer(value, -math.inf, math.inf), _integer(self._signed(), 1, math.inf)
                 if self._starts_factor():
                     raise Unreadable  # 17 \bmod 5x
                 value = Value.number(n % modulus)
-            elif self._starts_factor() and not numerals.is_hidden(self._cursor):
+            elif self._starts_visible_factor() or (not is_quotient and self._starts_factorial()):
                 value = value * self._factor()
             elif self._cursor.kind() == "number" or self._starts_factor():
                 # Computer algebra would make 4 of 2 2, 6 of \frac12 12 and 7x of x 3 4.
@@ -106,6 +106,14 @@ class Parser:
         if kind == "command":
             return not self._cursor.tokens[self._cursor.at].closes
         return kind in ("letters", "text", "name") or text in ("(", "[", "{", "\\{")
+
+    def _starts_visible_factor(self) -> bool:
+        return self._starts_factor() and not numerals.is_hidden(self._cursor)
+
+    def _starts_factorial(self) -> bool:
+        """Returns whether a number with a factorial of its own follows a factorial without a blank, as in 2!3!."""
+        is_factorial = self._cursor.kind() == "number" and self._cursor.peek(1) == "!" == self._cursor.peek(-1)
+        return is_factorial and not self._cursor.tokens[self._cursor.at].spaced
 
     def _denominator(self) -> Value:
         """Reads what stands behind "/": letters side by side are one denominator, as in t/RC, but 1/2x is x/2."""

@@ -18,6 +18,11 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # factorials side by side
+    (r"\frac{8!}{2!2!}", r"10,\!080"),
+    (r"\frac{8!}{2!2!} = 10080", r"10,\!080"),
+    (r"\frac{10!}{2!3!5!}", "2520"),
+    ("2!3!", "12"),
     # a degree sign behind a mixed number
     (r"22\frac{1}{2}^\circ", r"22.5^{\circ}"),
     (r"22\frac{1}{2}^{\circ}", "22.5"),
@@ -1642,6 +1647,17 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # factorials side by side
+    (r"\frac{5!}{2!4!}", "10"),
+    (r"\frac{5!}{2!6}", "10"),
+    (r"\frac{5!}{2! 3!}", "10"),
+    ("5!/2!3!", "10"),
+    ("5!/2!3!", "360"),
+    ("2! 1!", "2"),
+    ("2! or 1!", "2"),
+    ("2!6", "12"),
+    ("2!{3!}", "12"),
+    ("3 2!2!", "12"),
     # a degree sign behind a mixed number
     (r"22\frac{1}{2}^\circ", "11"),
     (r"22\frac{1}{2}^\circ", r"11^\circ"),
