@@ -326,6 +326,8 @@ def _equation(text: str, tokens: list[Token], sides: list[list[Token]], nested: 
     values = [leaves.leaf(side) for side in sides]
     if all(leaves.symbols(leaf) == set() and leaves.agree(values[0], leaf) for leaf in values):
         return values[0]
+    if last := leaves.result(sides):
+        return last
     hopeless |= difference is None and any(map(leaves.has_words, sides))
     return Leaf(text, None, hopeless=True) if hopeless else Relation(text, "=", difference)
 

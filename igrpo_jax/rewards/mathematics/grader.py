@@ -27,6 +27,8 @@ Conventions, where usage differs:
   2 hours 30 minutes, perhaps with a comma or "and", is 150 minutes and 2.5 hours, but equals no number without a unit.
 - 10 m, with a blank, is ten metres or 10 times m, whichever the other side means; 10m is a product. So are 700 nm,
   50 \mu m, 5 \Omega and 5 M_\odot.
+- A calculation says its last side where all sides are one number, whatever their units: 5 cm * 4 cm = 20 cm^2 says
+  20 cm^2, and 999_{10} = 4343_6 says 4343_6.
 - Words behind a number are a unit only where they can't change it: 5 apples is 5, "5 hundred" is 500, "5 or more" is
   no number. "total", "each", "left" and "remaining" say nothing about it. Numbers in words are numbers: "two and a
   half" is 2.5.

@@ -15,6 +15,7 @@ _BASED = re.compile(
     r"(-?)\(?([A-Za-z]*[0-9][0-9A-Za-z]*?)\)?(?:_\{?\(?(?:base\s*)?(\d{1,2})\)?\}?|\s*(?:in\s*)?\(?\s*(?:in\s*)?"
     rf"(?:base\s*-?(\d{{1,2}})|({'|'.join(_BASES)}))\s*\)?)"
 )
+_IN_BASE = "BASED "  # words of prose are in lower case, so none equal these
 _RESIDUE = re.compile(r"(-?\d{1,30})\(?[pb]?mod[({]*([1-9]\d{0,30})[)}]*")
 
 
@@ -30,8 +31,8 @@ def based(tokens: list[Token], _: int) -> Node | None:
         number = int(match[1] + match[2], base or 1)
     except ValueError:  # a digit that the base lacks, or not a base
         return Words(latex(tokens), match[0])
-    text = latex(tokens)  # words of prose are in lower case, so none equal these
-    digits = Words(text, f"BASED {number}")
+    text = latex(tokens)
+    digits = Words(text, f"{_IN_BASE}{number}")
     return Choice(text, Leaf(text, Value.number(number)), digits) if base == 10 else digits
 
 
@@ -140,6 +141,37 @@ def with_symbol(tokens: list[Token]) -> Node | None:
 def symbols(node: Node) -> set[str] | None:
     """Returns the symbols of an expression, None if the node is not an expression with a value."""
     return node.value.symbols() if isinstance(node, Leaf) and node.value is not None else None
+
+
+def result(sides: list[list[Token]]) -> Node | None:
+    """Returns the last side of a calculation, as 20 cm^2 of 5 cm * 4 cm = 20 cm^2, and None for anything else.
+
+    All sides must be one number, without regard to the units of those before the last.
+    """
+    end = _number(sides[-1])
+    if end is None:
+        return None
+    for side in sides[:-1]:
+        number = _number(side)
+        if number is None or exact.same(number, end) is not True:
+            return None
+    last = based(sides[-1], 0) or leaf(sides[-1])
+    return None if isinstance(last, Words) and not last.words.startswith(_IN_BASE) else last
+
+
+def _number(side: list[Token]) -> Value | None:
+    """Returns the value of one side of a calculation, None where it is no number."""
+    digits = based(side, 0)
+    if digits:
+        spelled = digits.long if isinstance(digits, Choice) else digits
+        number = spelled.words.partition(_IN_BASE)[2]
+        return Value.number(int(number)) if number else None
+    bare = words.without_units(side)
+    try:
+        value = expression.value_of(bare) if bare else None
+    except (NoValue, Unreadable):
+        return None
+    return None if value is None or value.symbols() else value
 
 
 _SMALL_LETTERS = GREEK | frozenset(string.ascii_lowercase)

@@ -52,6 +52,7 @@ _CURRENCIES = {
 _SHORT_UNITS = "cm mm km ft in kg lb oz ml mi hr yd sq cu"  # units of two letters that need no \text
 _BARE_UNITS = frozenset(_SHORT_UNITS.split())
 _QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
+_PER = ("per ", "a ", "an ", "/ ")
 _ORDINALS = frozenset(("st", "nd", "rd", "th"))
 # Of "5 more minutes": it leaves a whole number of counted things as it is. "1/2 more" and "2 more times" are factors.
 _MORE = re.compile(r"^more\s+(?!/|(?:times|an?|per)\b)", re.IGNORECASE)
@@ -148,10 +149,66 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], Unit, bool]:
         if units.is_remark(text):
             return core[:start], money, False
         text = _MORE.sub("", text) if start == 1 and before.text.isdigit() else text
-        unit = units.read(f"{currency} {text}" if first in ("per", "a", "an", "/") else text, is_single)
+        unit = units.read(_of_money(text, currency), is_single)
         if unit:
             return core[:start], unit, False
     return _without_ordinal(core), money, False
+
+
+def without_units(tokens: list[Token]) -> list[Token] | None:
+    """Returns a calculation without the units behind its numbers, None where other words are in it.
+
+    In "50% of 60" and "10 x 3" the words are operations.
+    """
+    tokens, currency = _without_currency(tokens)
+    kept: list[Token] = []
+    at = 0
+    while at < len(tokens):
+        token, following = tokens[at], tokens[at + 1 : at + 2]
+        is_behind_number = bool(kept) and (kept[-1].kind == "number" or kept[-1].closes)
+        length = 1
+        if is_behind_number and token.is_in(("%",)):
+            is_of = bool(following) and following[0].text.strip() == "of"
+            kept += [*_HUNDREDTH, *_TIMES] if is_of else _HUNDREDTH
+            length += is_of
+        elif is_behind_number and token.is_in(("x",)) and token.spaced and following and following[0].kind == "number":
+            kept += _TIMES
+        elif is_behind_number and (length := _unit_length(tokens, at)):
+            text = spelled(tokens[at : at + length])
+            if not units.read(_of_money(text, currency), is_single=kept[-1].text == "1"):
+                return None
+        else:
+            kept.append(token)
+        at += max(length, 1)
+    return kept
+
+
+_TIMES = [Token("mark", "*", False)]
+_HUNDREDTH = [Token("mark", "/", False), Token("number", "100", False)]
+_EXPONENT = re.compile(r"\^(?:\d|\{\d\})")
+
+
+def _is_unit_word(token: Token) -> bool:
+    word = token.text.strip()
+    is_word = word[:1].isalpha() and (len(word) > 1 or (token.kind == "text" and word in units.SYMBOLS))
+    return token.kind in ("letters", "text") and is_word
+
+
+def _unit_length(tokens: list[Token], start: int) -> int:
+    """Returns how many tokens the unit has that begins there: words, those behind "/", and exponents of one digit."""
+    at = start
+    while at < len(tokens):
+        is_per = tokens[at].is_in(("/",)) and len(tokens) > at + 1
+        exponent = _EXPONENT.match("".join(token.text for token in tokens[at : at + 4])) if at > start else None
+        if not (exponent or _is_unit_word(tokens[at + is_per])):
+            break
+        at += (4 if "{" in exponent[0] else 2) if exponent else 1 + is_per
+    return at - start
+
+
+def _of_money(text: str, currency: str) -> str:
+    """Returns "dollar per hour" for the "per hour" behind an amount of dollars."""
+    return f"{currency} {text}" if text.lstrip(" .").casefold().startswith(_PER) else text
 
 
 def _without_currency(tokens: list[Token]) -> tuple[list[Token], str]:

@@ -18,6 +18,19 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # calculations with units, and in two bases
+    ("400 - (10 feet/minute) * 5 minutes = 400 - 50 feet = 350 feet", "350"),
+    ("5 apples + 3 apples = 8 apples", "8"),
+    (r"\text{Total} = 5 \text{ apples} + 3 \text{ apples} = 8 \text{ apples}", "8"),
+    (r"5 \text{ cm} \times 4 \text{ cm} = 20 \text{ cm}^2", r"20\text{ cm}^2"),
+    ("2 cm^{2} * 3 cm * 4 = 24 cm^{3}", "24"),
+    (r"\frac{60 \text{ miles}}{2 \text{ hours}} = 30 \text{ mph}", "30"),
+    (r"\$3/\text{day} * 5 \text{ days} = \$15", r"\$15"),
+    ("60 eggs / 2 = 30 eggs", "30"),
+    ("50% of 60 = 30", "30"),
+    ("10 x 3 = 30", "30"),
+    ("999_{10} = 4343_6", "4343_6"),
+    ("4343_6 = 999", "999"),
     # factorials side by side
     (r"\frac{8!}{2!2!}", r"10,\!080"),
     (r"\frac{8!}{2!2!} = 10080", r"10,\!080"),
@@ -1647,6 +1660,31 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # calculations with units: their last side counts, and only if they are right
+    ("5 apples + 4 apples = 8 apples", "8"),
+    ("5 apples + 4 apples = 8 apples", "9"),
+    ("5 apples + 3 apples = 8 apples", "5"),
+    ("5 apples + 3 apples = 8 apples = 9 apples", "8"),
+    ("8 apples = 5 apples + 4 apples", "8"),
+    ("5 apples + 3 apples = 8 apples or 9 apples", "8"),
+    ("5 apples + 3 apples = not 8 apples", "8"),
+    ("5 apples + 3 apples = at least 8 apples", "8"),
+    ("5 apples + 3 apples = 8 apples - 1", "8"),
+    (r"5 apples + 3 apples \ne 8 apples", "8"),
+    ("5 apples + 3 apples = 8 apples too many", "8"),
+    ("5 apples + 3 more = 8 more than before", "8"),
+    ("x apples + 3 apples = 8 apples", "8"),
+    ("5 hundred + 3 hundred = 8 hundred", "8"),
+    ("2 hours = 120 minutes", "2"),
+    ("2 cm^{2+1} * 3 = 6", "6"),
+    (r"5 \text{ cm} \times 4 \text{ cm} = 20 \text{ cm}^2", r"20\text{ m}^2"),
+    ("50% of 70 = 30", "30"),
+    ("10 x 4 = 30", "30"),
+    ("10 x 3", "30"),
+    ("998_{10} = 4343_6", "4343_6"),
+    ("999_{10} = 4343_6", "4343"),
+    ("110_2 = 6", "110"),
+    ("m + n = 3 + 7 = 10", "10"),
     # factorials side by side
     (r"\frac{5!}{2!4!}", "10"),
     (r"\frac{5!}{2!6}", "10"),
@@ -3476,6 +3514,11 @@ SLOW = [
     r"\setminus",
     r"|x|<",
     "9!!",
+    "9999!",
+    "1 cm = ",
+    "2 cm * ",
+    "1 cm/",
+    "9999! cm = ",
     r"\Gamma(9999.5)+",
     "k\\pi+",
     r"\sqrt{10^{4000}+1}+",
