@@ -36,14 +36,23 @@ def based(tokens: list[Token], _: int) -> Node | None:
     return Choice(text, Leaf(text, Value.number(number)), digits) if base == 10 else digits
 
 
+_BEHIND_RATIO = {"ratio": "", "respectively": "", "in the morning": "am"}
+_BEHIND_RATIO |= {"in the afternoon": "pm", "in the evening": "pm"}
+
+
 def ratio(tokens: list[Token], _: int) -> Node | None:
     """Reads a ratio such as 3:5, or a time of day. Returns None for anything else."""
     parts, colons = split(tokens, {":"})
     if not colons or not all(parts):
         return None
-    last, unit = parts[-1], ""
-    while len(last) > 1 and (last[-1].kind in ("letters", "text") or last[-1].text == "."):
-        unit = last.pop().text + unit
+    last = parts[-1]
+    is_half_of_day = lambda at: last[at].text in ("a", "p") and last[at + 1 : at + 2] and last[at + 1].text == "."
+    end = next((at for at in range(1, len(last)) if words.is_word(last[at]) or is_half_of_day(at)), len(last))
+    spelled = "".join(" " * token.spaced + token.text for token in last[end:]).strip(" .")
+    unit = _BEHIND_RATIO.get(spelled.casefold(), spelled)
+    if unit and not units.read(unit):
+        return None  # 3:5 more
+    parts[-1] = last[:end]
     return Ratio(latex(tokens), tuple(leaf(part) for part in parts), (units.read(unit) or units.NONE).name)
 
 
@@ -114,7 +123,7 @@ def leaf(tokens: list[Token], from_text: bool = False) -> Node:
 # units alone, or look more like products.
 _NUMBER = re.compile(r"-?[\d.]+(?:e[+-]?\d+)?(?:\*10)?(?:\^(?:\{-?\d+\}|\d+))?")
 _SYMBOL = re.compile(
-    rf"(?:[{''.join(sorted(name for name in units.SYMBOLS if name.isascii()))}]|nm|ns|pc)(?:\^\d)?"
+    rf"(?:[{''.join(sorted(name for name in units.SYMBOLS if name.isascii()))}]|nm|ns|pc)(?:\^(?:\d|\{{\d\}}))?"
     r"|Omega|mu(?:[A-Z]|[gmls])|M_\{?odot\}?"
 )
 

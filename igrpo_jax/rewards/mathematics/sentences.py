@@ -35,7 +35,8 @@ _REMARK = "it|but|because|since|which|as|the|this|that|we|not"
 _CLAUSE = re.compile(
     r"[.!?;]?\s+(?:because|since|so|which|as|for|where|when|therefore)\b"
     rf"|,\s+(?:{_REMARK}|so)\b|(?:\s–\s|\s?—\s?)\s{{0,4}}(?i:{_REMARK}|all\s(?:of|are|have|the|these))\b"
-    r"|[.!?](?:\s|$)|\n"
+    # Not the dot of "12 sq. cm" and "approx. 3.5".
+    r"|(?!(?<=\b(?:sq|cu))\.\s[a-z]{1,12}\b|(?<=\bapprox)\.\s[-+−$\\]{0,3}[\d.])[.!?](?:\s|$)|\n"
 )
 # "B. Alina or C. Ben": the end of the first sentence is not the end of what is stated.
 _TWO_CHOICES = re.compile(r"\(?[A-J][).:]\s[^\n]{1,200}?(?:\b(?:or|and)|,)\s+\(?[A-J][).:]\s[^\n]{0,200}")

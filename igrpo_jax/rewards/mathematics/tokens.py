@@ -71,6 +71,7 @@ _SAME_AS = {
     **{"vee": "lor", "wedge": "land", "lnot": "neg", "mod": "bmod", "rightarrow": "to", "Rightarrow": "implies"},
 }
 _AND_OR = frozenset(("and", "or"))
+_BEHIND_INCHES = frozenset(("^", "*", "/", "+", "-", "=", ")", "}", ".", ",", ";"))  # and no set
 _LOGICAL = {"land": "and", "lor": "or"}
 _RELATIONS = frozenset(("=", "<", ">", "leq", "geq", "ne", "in"))
 _DIGRAPHS = {"<=": "leq", "=<": "leq", ">=": "geq", "!=": "ne", "==": "="}
@@ -126,20 +127,21 @@ def _joined(tokens: list[Token]) -> list[Token]:
             result.append(token._replace(kind="mark", text=word))
         elif token.is_in(_LOGICAL) and any(other.is_in(_RELATIONS) for other in tokens):
             result.append(token._replace(kind="mark", text=_LOGICAL[token.text]))
-        elif word == "in" and token.kind == "letters":
-            result.append(token._replace(kind="text" if counts and _is_word(following) else "command"))
+        elif word == "in" and token.kind == "letters" and (counts or following):
+            result.append(token._replace(kind="text" if counts and _is_no_set(following) else "command"))
         elif last and last.kind == token.kind == "mark" and not token.spaced and last.text + token.text in _DIGRAPHS:
             result[-1] = last._replace(kind="command", text=_DIGRAPHS[last.text + token.text])
         else:
             result.append(token)
-    if result and result[-1].kind == "command" and tokens[-1].kind == "letters":
-        result[-1] = tokens[-1]  # the unit in 5 in
     return result
 
 
-def _is_word(token: Token | None) -> bool:
-    """Returns whether a token is a word behind "in", as in "5 apples in total", and no set, as in "x in R"."""
-    return token is not None and (token.kind == "text" or (token.kind == "letters" and not token.text.isupper()))
+def _is_no_set(token: Token | None) -> bool:
+    """Returns whether "in" is no sign before what follows it, as in "5 in total" and 5 in^2. In "x in R" it is one."""
+    if token is None:
+        return True
+    is_word = token.kind == "text" or (token.kind == "letters" and not token.text.isupper())
+    return is_word or token.is_in(_BEHIND_INCHES)
 
 
 def _scanned(source: str) -> list[Token]:

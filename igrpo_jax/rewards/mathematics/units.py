@@ -72,7 +72,7 @@ _FILLERS = re.compile(
     r"|positive)\b",
     re.IGNORECASE,
 )
-_REMARK = re.compile(r"(?:in )?total|altogether|each|left(?: over)?|remaining|profit", re.IGNORECASE)
+_REMARK = re.compile(r"in all|(?:in )?total|altogether|each|left(?: over)?|remaining|profit", re.IGNORECASE)
 _WORDS = re.compile(r"\^[\s{(]*(-?)\s*(\d)[\s})]*|[^\W\d_]+(\d?)|[^\s\w]|\d+")
 _COMMANDS = re.compile(r"\\(?:[dt]?frac|cdot|times|[,;: ])")
 # Units that LaTeX writes as commands: \Omega, \mu m, M_\odot.

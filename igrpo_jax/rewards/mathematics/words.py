@@ -66,6 +66,13 @@ def is_prose(token: Token) -> bool:
     return token.kind == "letters" and len(token.text) >= 4 and not known and token.text != "infty"
 
 
+def is_word(token: Token) -> bool:
+    """Returns whether a token is a word, or a unit of several letters that needs no \\text, as min."""
+    if token.kind == "text" or is_prose(token):
+        return True
+    return token.kind == "letters" and len(token.text) > 1 and bool(units.known(token.text))
+
+
 def words_of(tokens: list[Token], from_text: bool) -> str | None:
     """Returns the words of an answer that consists of words, None for mathematics."""
     if len(tokens) == 1 and tokens[0].text == "varnothing":
@@ -240,10 +247,21 @@ def _may_begin_unit(tokens: list[Token], at: int) -> bool:
     if token.text == "frac":
         return len(tokens) > at + 2 and tokens[at + 2].kind in ("text", "letters") and _may_begin_unit(tokens, at + 2)
     if token.text == "/":
-        return tokens[at + 1].kind == "text" if len(tokens) > at + 1 else False
+        return len(tokens) > at + 1 and (tokens[at + 1].kind == "text" or _may_be_under_slash(tokens, at + 1))
+    if token.text == "(":  # 204 (minutes)
+        is_alone = token.spaced and tokens[at - 1].kind == "number" and tokens[-1].is_in((")",))
+        return is_alone and is_word(tokens[at + 1]) and bool(units.known(tokens[at + 1].text.split()[0]))
     if token.text == "Å":
         return tokens[at - 1].text != "Å"  # or a row of them takes quadratic time
     return token.text in ("%", "in") or (token.text == "^" and bool(units.TEMPERATURE.match(spelled(tokens[at:]))))
+
+
+def _may_be_under_slash(tokens: list[Token], at: int) -> bool:
+    """Returns whether a token behind "/" is a word and no product, as in 18/day. Behind a number, kg is one too."""
+    word = tokens[at].text
+    if not is_word(tokens[at]) or (word in FUNCTIONS and at < len(tokens) - 1):
+        return False
+    return len(word) > 2 or (word in _BARE_UNITS and tokens[at - 2].kind == "number")
 
 
 def spelled(tokens: list[Token]) -> str:

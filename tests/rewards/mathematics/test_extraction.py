@@ -289,6 +289,11 @@ EXTRACTED = [
     ("The answer is the square of $5$.", "the square of 5"),
     ("The answer is $5$ apples and $3$ oranges.", "5 apples and 3 oranges"),
     ("The answer is $13$ (base 8).", "13 (base 8)"),
+    ("Answer: 12 sq. cm", "12 sq. cm"),
+    ("The answer is 12 cu. ft. We checked.", "12 cu. ft"),
+    ("The answer is 12 sq. The square is small.", "12 sq"),
+    ("Answer: approx. 3.5", "approx. 3.5"),
+    ("The answer is 3.5 approx. We rounded.", "3.5 approx"),
     ("The answer is $12$ cm$^2$.", "12 cm^2"),
     ("The answer is (C) $5$.", "(C) 5"),
     ("The answer is the ordered pair $(3,4)$.", "(3,4)"),
@@ -373,6 +378,8 @@ def test_extract(text, answer):
 
 # Repeated, these make a scanner that looks ahead or back from each of them quadratic.
 HOSTILE = [
+    "answer is sq. ",
+    "answer: 5 sq. a",
     *(
         r"\boxed{",
         r"\boxed{1} and ",
