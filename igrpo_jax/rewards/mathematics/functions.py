@@ -2,8 +2,8 @@
 
 A result is exact where it is in the ring of `exact`: roots of rationals and of products, e^(iπ/6), 2^(n-1),
 ln 8 = 3·ln 2, the sine of multiples of 15°. Anything else becomes an opaque symbol with a canonical argument:
-sin(-x) = -sin(x), tan(x) = sin(x)/cos(x), √(4x+4) = 2·√(x+1). All functions raise NoValue beyond MAX_EXPONENT and the
-limits of `exact`.
+sin(-x) = -sin(x), tan(x) = sin(x)/cos(x), √(4x+4) = 2·√(x+1); sinh(x) is (e^x - e^-x)/2. All functions raise NoValue
+beyond MAX_EXPONENT and the limits of `exact`.
 """
 
 import math
@@ -215,13 +215,22 @@ def _arccot(argument: Value) -> Value:
     return _inverse("arctan", _ONE / argument) if is_known else Value.symbol(f"arccot({argument})")
 
 
-def _in_logarithms(name: str, expanded: Callable[[Value], Value]) -> Callable[[Value], Value]:
-    """Returns an inverse function that is expanded unless its argument holds other functions.
+def _written_out(name: str, expanded: Callable[[Value], Value]) -> Callable[[Value], Value]:
+    """Returns a hyperbolic function or its inverse as exponentials or logarithms, unless its argument holds functions.
 
     The expansion has the argument several times, so that nested ones would grow without end.
     """
     has_atoms = lambda value: any(isinstance(symbol, Atom) for symbol in value.symbols())
     return lambda value: named(name, value) if has_atoms(value) else expanded(value)
+
+
+def _half_sum(power_of_e: Value, sign: int) -> Value:
+    """Returns (e^x + e^-x)/2 or (e^x - e^-x)/2 for e^x."""
+    return (power_of_e + Value.number(sign) / power_of_e) / Value.number(2)
+
+
+def _hyperbolic_tangent(power_of_e: Value) -> Value:
+    return _half_sum(power_of_e, -1) / _half_sum(power_of_e, 1)
 
 
 def _gamma(argument: Value) -> Value:
@@ -289,9 +298,12 @@ _FUNCTIONS: dict[str, Callable[[Value], Value]] = {
     "sec": lambda angle: Value.number(1) / cosine(angle),
     "csc": lambda angle: Value.number(1) / sine(angle),
     "arccot": _arccot,
-    "arsinh": _in_logarithms("arsinh", lambda value: logarithm(value + root(value * value + _ONE, 2))),
-    "arcosh": _in_logarithms("arcosh", lambda value: logarithm(value + root(value * value - _ONE, 2))),
-    "artanh": _in_logarithms("artanh", lambda value: logarithm((_ONE + value) / (_ONE - value)) / Value.number(2)),
+    "arsinh": _written_out("arsinh", lambda value: logarithm(value + root(value * value + _ONE, 2))),
+    "arcosh": _written_out("arcosh", lambda value: logarithm(value + root(value * value - _ONE, 2))),
+    "artanh": _written_out("artanh", lambda value: logarithm((_ONE + value) / (_ONE - value)) / Value.number(2)),
+    "sinh": _written_out("sinh", lambda value: _half_sum(power(E, value), -1)),
+    "cosh": _written_out("cosh", lambda value: _half_sum(power(E, value), 1)),
+    "tanh": _written_out("tanh", lambda value: _hyperbolic_tangent(power(E, value))),
     "cis": lambda angle: cosine(angle) + I * sine(angle),
     "exp": lambda exponent: power(E, exponent),
     "sqrt": lambda value: root(value, 2),

@@ -53,7 +53,7 @@ def test_a_formula_of_several_symbols_is_of_positive_quantities():
     assert same(root(number(2) * X * X, 2), X * root(number(2), 2)) is not True  # it is |x|·√2
 
 
-@pytest.mark.parametrize("name", ["arsinh", "arcosh", "artanh", "arccot", "ln", "log"])
+@pytest.mark.parametrize("name", ["arsinh", "arcosh", "artanh", "sinh", "cosh", "tanh", "arccot", "ln", "log"])
 def test_nested_functions_stay_small(name):
     value = X
     for _ in range(11):

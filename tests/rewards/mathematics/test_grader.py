@@ -18,6 +18,14 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # hyperbolic functions
+    (r"\frac{\sinh(at)}{a}", r"\frac{1}{2a}(\exp{a*t} - \exp{-a*t})"),
+    (r"\tanh x", r"\frac{e^{2x}-1}{e^{2x}+1}"),
+    (r"\tanh x", r"\frac{\sinh x}{\cosh x}"),
+    (r"\cosh^2 x", r"1 + \sinh^2 x"),
+    (r"\sinh 2x", r"2\sinh x \cosh x"),
+    (r"\cosh(-x)", r"\cosh x"),
+    (r"\tanh\sqrt{x}", r"\frac{e^{2\sqrt x}-1}{e^{2\sqrt x}+1}"),
     # spellings of units
     ("12 m^{2}", "12"),
     ("12 m³", "12"),
@@ -1685,6 +1693,12 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # hyperbolic functions
+    (r"\frac{\cosh(at)}{a}", r"\frac{1}{2a}(\exp{a*t} - \exp{-a*t})"),
+    (r"\frac{\sinh(at)}{2a}", r"\frac{1}{2a}(\exp{a*t} - \exp{-a*t})"),
+    (r"\tanh x", r"\frac{e^{2x}+1}{e^{2x}-1}"),
+    (r"\cosh^2 x", r"1 - \sinh^2 x"),
+    (r"\sinh 1", "1.175"),
     # spellings of units
     ("12m^{2}", "12"),
     ("12 x^{2}", "12"),
@@ -3399,6 +3413,7 @@ def test_grade():
         (r"\sqrt{3+2\sqrt2}", r"1+\sqrt3"),  # nested, but another number
         (r"\sin x", r"\cos x"),
         (r"\tan x", r"\frac{\sin x}{\cos x}"),
+        (r"\sinh x", r"\cosh x"),
         (r"e^{i\pi}", "-1"),
         (r"e^{-2t}+e^{-t}", r"e^{-t}(1+e^{-t})"),
         ("(x-1)(x+1)", "x^2-1"),
