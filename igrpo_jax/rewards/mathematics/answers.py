@@ -27,6 +27,7 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}")
 _EDGES = frozenset((".", ",", ";", "\\", '"', "`"))
 _LEADING = frozenset(("=", "approx", "simeq", "therefore", "implies", "to"))  # before an answer
 _LEADING_WORDS = frozenset(("approx", "approx.", "approximately", "about", "roughly"))
+_POINTS = frozenset("ABCDEKLMOPQRSTVWXYZ")  # and not N(0, 1) and U(0, 1), which are distributions
 _BRACKETS = frozenset(("()", "[]", "(]", "[)", "{}", "\\{\\}", "langlerangle"))
 
 
@@ -184,7 +185,7 @@ def _read_unlisted(tokens: list[Token], nested: int, from_text: bool = False) ->
         node = reader(tokens, nested)
         if node:
             return node
-    return leaves.with_symbol(tokens) or leaves.leaf(tokens, from_text)
+    return _point(tokens, nested) or leaves.with_symbol(tokens) or leaves.leaf(tokens, from_text)
 
 
 def _bracketed(tokens: list[Token], nested: int) -> Node | None:
@@ -205,6 +206,16 @@ def _bracketed(tokens: list[Token], nested: int) -> Node | None:
         return Leaf(text, None)
     brackets = "()" if opening == "langle" else opening + closing
     return Sequence(text, brackets, tuple(_read(part, nested + 1) for part in parts))
+
+
+def _point(tokens: list[Token], nested: int) -> Node | None:
+    """Reads B(15, -29) as the point (15, -29) named B. Returns None for anything else."""
+    name, rest = tokens[0].text.strip(), tokens[1:]
+    if name not in _POINTS or not rest or not rest[0].is_in(("(",)) or not any(token.is_in((",",)) for token in rest):
+        return None
+    point = _bracketed(rest, nested)
+    is_point = isinstance(point, Sequence) and point.kind == "()"
+    return Named(latex(tokens), name, point, None) if is_point else None
 
 
 _TRANSPOSED = (["^", "T"], ["^", "{", "T", "}"], ["^", "top"], ["^", "{", "top", "}"])

@@ -45,10 +45,10 @@ Conventions, where usage differs:
   their names are not all single small letters.
 - Lists are unordered and count repetitions (roots with multiplicity), except repeated points. Sets ignore both. A bare
   list equals a set, and it equals a tuple in the same order. A tuple is not a set. (a, b) is a pair or an interval,
-  depending on the other side. A column equals a row vector, ⟨a, b⟩ and (a, b). ± stands for both values. The answer
-  "1/2 or 0.5" is one value.
+  depending on the other side. B(1, 2) is the point (1, 2), but N(0, 1) and f(1, 2) are none. A column equals a row
+  vector, ⟨a, b⟩ and (a, b). ± stands for both values. The answer "1/2 or 0.5" is one value.
 - A single letter equals `(D)`, `D.`, `(D) Alina`, `D: Alina` and "Option D", but no text that names a second letter.
-  Words are compared without case; a single letter keeps its case.
+  Words are compared without case and without an article before them; a single letter keeps its case.
   Words of four and more letters, and capitals such as CD, are names and not products. In equations of nothing else
   they are one symbol each: MR = SRMC is not MR = SMRC.
 - k, m or n beside π stands for any integer: kπ, nπ and (k + 1)π are the same answer.

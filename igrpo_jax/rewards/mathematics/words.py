@@ -95,8 +95,17 @@ def words_of(tokens: list[Token], from_text: bool) -> str | None:
     is_word = any((len(run) > 1 and run.isupper()) or run.casefold() in _SHORT for run in runs)
     if from_text or length > 3 or is_word or any(token.kind == "text" for token in tokens):
         folded = " ".join(runs).casefold()
-        return next((meaning for phrase, meaning in _PHRASES.items() if phrase.fullmatch(folded)), folded)
+        phrase = " ".join(_without_article(runs)).casefold()
+        return next((meaning for known, meaning in _PHRASES.items() if known.fullmatch(folded)), phrase)
     return None
+
+
+def _without_article(runs: list[str]) -> list[str]:
+    """Returns "an ellipse" as "ellipse". A B, "the BC" and "a third" stay: they may be letters, names and numbers."""
+    if len(runs) < 2 or runs[0].casefold() not in ("a", "an", "the"):
+        return runs
+    is_noun = len(runs[1]) > 2 and not runs[1].isupper() and runs[1].casefold() not in units.BLOCKED
+    return runs[1:] if is_noun else runs
 
 
 def date(answer: str) -> str | None:

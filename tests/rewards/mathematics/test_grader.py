@@ -18,6 +18,15 @@ from igrpo_jax.rewards.mathematics import grader, symbolic
 from igrpo_jax.rewards.mathematics.grader import equivalent, extract, grade
 
 SAME = [
+    # articles, and points with a name
+    (r"\text{an ellipse}", r"\text{ellipse}"),
+    ("an ellipse", "ellipse"),
+    (r"\text{A circle}", r"\text{the circle}"),
+    ("B(15,-29)", "(15,-29)"),
+    ("B(15,-29)", "B = (15,-29)"),
+    (r"\text{P}(1,2,3)", "(1,2,3)"),
+    ("A(1,2), B(3,4)", "(1,2),(3,4)"),
+    ("C(15,2) = 105", "105"),
     # hyperbolic functions
     (r"\frac{\sinh(at)}{a}", r"\frac{1}{2a}(\exp{a*t} - \exp{-a*t})"),
     (r"\tanh x", r"\frac{e^{2x}-1}{e^{2x}+1}"),
@@ -1693,6 +1702,26 @@ SAME = [
 ]
 
 DIFFERENT = [
+    # articles, and points with a name
+    (r"\text{an ellipse}", r"\text{circle}"),
+    (r"\text{not a circle}", r"\text{circle}"),
+    (r"\text{a circle or an ellipse}", r"\text{circle}"),
+    (r"\text{a semi circle}", r"\text{circle}"),
+    (r"\text{A B}", "B"),
+    (r"\text{the B}", "B"),
+    (r"\text{A BC}", "BC"),
+    (r"\text{a third}", r"\text{third}"),
+    ("B(15,29)", "(15,-29)"),
+    ("B(-29,15)", "(15,-29)"),
+    ("2B(15,-29)", "(15,-29)"),
+    ("B(15,-29) + 1", "(15,-29)"),
+    ("f(15,-29)", "(15,-29)"),
+    ("N(0,1)", "(0,1)"),
+    ("B(15,-29)", "A(15,-29)"),
+    ("A(15,-29) or B(3,4)", "(15,-29)"),
+    ("A(3,4), B(1,2)", "(1,2),(3,4)"),
+    ("P(5,2)", "20"),
+    ("C(15,2)", "17"),
     # hyperbolic functions
     (r"\frac{\cosh(at)}{a}", r"\frac{1}{2a}(\exp{a*t} - \exp{-a*t})"),
     (r"\frac{\sinh(at)}{2a}", r"\frac{1}{2a}(\exp{a*t} - \exp{-a*t})"),
@@ -3595,6 +3624,8 @@ SLOW = [
     r"\setminus",
     r"|x|<",
     "9!!",
+    "A(1,",
+    "A(1,2)",
     "1/day dozen",
     " 1 (cm",
     "1 in^2 ",
