@@ -49,7 +49,7 @@ def ratio(tokens: list[Token], _: int) -> Node | None:
     is_half_of_day = lambda at: last[at].text in ("a", "p") and last[at + 1 : at + 2] and last[at + 1].text == "."
     end = next((at for at in range(1, len(last)) if words.is_word(last[at]) or is_half_of_day(at)), len(last))
     spelled = "".join(" " * token.spaced + token.text for token in last[end:]).strip(" .")
-    unit = _BEHIND_RATIO.get(spelled.casefold(), spelled)
+    unit = "" if units.is_remark(spelled) else _BEHIND_RATIO.get(spelled.casefold(), spelled)
     if unit and not units.read(unit):
         return None  # 3:5 more
     parts[-1] = last[:end]

@@ -58,6 +58,7 @@ SAME = [
     ("12 in all", "12"),
     (r"12 \text{ in all}", "12"),
     ("3:5 ratio", "3:5"),
+    ("3:5 in all", "3:5"),
     (r"3:5 \text{ cups}", "3:5"),
     ("3:30 in the afternoon", "3:30 p.m."),
     # calculations with units, and in two bases
