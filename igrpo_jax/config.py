@@ -139,7 +139,8 @@ class DataConfig:
     # it by name: prompt, problem, question, instruction+input, input, instruction, messages, conversations.
     prompt_column: str = ""
     # Column of the answer, in which a dot reaches into nested columns; empty finds it by name: answer, solution,
-    # ground_truth, output, reward_model.ground_truth; and without these it is the last reply of a chat.
+    # ground_truth, output, reward_model.ground_truth; and without these it is the last reply of a chat. A file may have
+    # none where rewards.accuracy is 0 and no judge sees the reference answer.
     answer_column: str = ""
     # Whether to leave out problems without an answer or with one that no completion can match, repeated problems, and
     # problems that evaluation asks too.
@@ -476,6 +477,12 @@ class RewardsConfig:
         used = {name: getattr(self, name) for name in ("accuracy", "format", "overlong")}
         used |= dict.fromkeys(self.custom_names, 1.0) | {"judge": self.judge.weight}
         return tuple(name for name, weight in used.items() if weight)
+
+    @property
+    def answer_readers(self) -> tuple[str, ...]:
+        """The settings by which a reward of the library reads reference answers, as values that would end that."""
+        judged = self.judge.weight and self.judge.show_reference
+        return ("accuracy = 0",) * bool(self.accuracy) + ("judge.show_reference = False",) * bool(judged)
 
     @property
     def custom_weights(self) -> dict[str, float]:

@@ -59,7 +59,7 @@ class Candidate:
     """A completion as reward functions see it."""
 
     text: str  # special tokens removed
-    answer: str  # the reference answer
+    answer: str  # the reference answer; "" if there is none
     opening: str = ""  # how the chat template begins the reply, for example "<think>"
     question: str = ""
     columns: dict = field(default_factory=dict)  # the data set row's other columns
@@ -74,7 +74,7 @@ class Prompt:
     id: str  # name of the row in the data set, as files and pages show it
     index: int  # number of the row in the data set, from 0
     question: str
-    answer: str  # the reference answer
+    answer: str  # the reference answer; "" if there is none
     tokens: np.ndarray  # [L] int32, chat template and generation prompt included
     columns: dict = field(default_factory=dict)  # the row's other columns
 

@@ -95,7 +95,8 @@ def shown(table: Table, mapping: Mapping, source: str, setting: str) -> tuple[Ta
     """Returns the rows and the columns to read where a column of OPTIONS lists choices that the questions do not show.
 
     The columns PROMPT and ANSWER are added then, as by `lettered`. Other rows are returned as they are. The right
-    choice is given by its letter, its text, or its number from 0; numbers of which none is 0 may count from 1.
+    choice is given by its letter, its text, or its number from 0; numbers of which none is 0 may count from 1. Of rows
+    without answers any choice may be right, and only PROMPT is added.
 
     Args:
         source: what errors begin with.
@@ -111,18 +112,26 @@ def shown(table: Table, mapping: Mapping, source: str, setting: str) -> tuple[Ta
     asked = [_asked(cells, mapping, name) for _, cells in table]
     if all(each.is_shown for each in asked):
         return table, mapping
-    broken = [row for (row, _), each in zip(table, asked, strict=True) if not each.question or len(each.letters) != 1]
+    is_clear = lambda each: each.question and (len(each.letters) == 1 if mapping.answer else each.options)
+    broken = [row for (row, _), each in zip(table, asked, strict=True) if not is_clear(each)]
     numbers = {each.number for each in asked} - {None}
     if broken or (numbers and 0 not in numbers):
         why = f"in {len(broken)} of {len(table)} rows: row {readers.few(broken)}"
         why = why if broken else "from numbers of which none is 0: they may count from 0 or from 1"
+        unclear, fix = "it is not clear what they are", "write them as a list of texts"
+        if mapping.answer:
+            unclear = "it is not clear which of them is right"
+            fix = f"write its letter into {mapping.answer!r}, A for the first"
         raise InputError(
-            f"{source}: the questions do not show the choices in {name!r}, and it is not clear which of them is right "
-            f"{why}; write its letter into {mapping.answer!r}, A for the first, or ask without the choices by "
-            f"{setting}={mapping.prompt}"
+            f"{source}: the questions do not show the choices in {name!r}, and {unclear} {why}; {fix}, or ask without "
+            f"the choices by {setting}={mapping.prompt}"
         )
-    added = ({PROMPT: _listed(each.question, each.options), ANSWER: each.letters[0]} for each in asked)
-    return [(row, cells | new) for (row, cells), new in zip(table, added, strict=True)], Mapping(PROMPT, ANSWER)
+    added = [
+        {PROMPT: _listed(each.question, each.options), **({ANSWER: each.letters[0]} if mapping.answer else {})}
+        for each in asked
+    ]
+    listed = [(row, cells | new) for (row, cells), new in zip(table, added, strict=True)]
+    return listed, Mapping(PROMPT, ANSWER if mapping.answer else "")
 
 
 def _asked(cells: dict[str, Any], mapping: Mapping, name: str) -> _Asked:

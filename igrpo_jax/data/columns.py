@@ -32,10 +32,11 @@ class Mapping:
     """The names of the columns that are read."""
 
     prompt: str
-    answer: str
+    answer: str  # "" = the rows have no answers
 
     def __str__(self) -> str:
-        return f"question from {self.prompt!r}, answer from {self.answer!r}"
+        answers = f"answer from {self.answer!r}" if self.answer else "no answers"
+        return f"question from {self.prompt!r}, {answers}"
 
     def rest(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Returns the columns that are not the question's, unchanged; nested ones are kept complete.
@@ -47,7 +48,9 @@ class Mapping:
         return {name: value for name, value in columns.items() if name not in read}
 
 
-def choose(table: Table, prompt: str, answer: str, source: str, fix: str = FIX) -> Mapping:
+def choose(
+    table: Table, prompt: str, answer: str, source: str, fix: str = FIX, answer_readers: Sequence[str] | None = None
+) -> Mapping:
     """Returns the columns of a table that has rows.
 
     Args:
@@ -55,14 +58,22 @@ def choose(table: Table, prompt: str, answer: str, source: str, fix: str = FIX) 
         answer: the same of the answers.
         source: what the error names.
         fix: what the error advises; `{}` stands for the name of the setting, without its section.
+        answer_readers: what would have to be set so that rewards need no answers; where that is nothing, a table
+            may have none. None = answers are needed in any case.
 
     Raises:
         InputError: there is no such column; the message lists those that exist.
     """
     question_column, names = choose_prompt(table, prompt, source, fix), _names(table)
-    if not answer and not any(name in names for name in ANSWERS) and _has_replies(table, question_column):
-        return Mapping(question_column, question_column)
+    if not answer and not any(name in names for name in ANSWERS):
+        if _has_replies(table, question_column):
+            return Mapping(question_column, question_column)
+        if answer_readers is not None and not answer_readers:
+            return Mapping(question_column, "")
     fix = fix.format("answer_column")
+    if answer_readers:
+        settings = " and ".join(f"config.rewards.{setting}" for setting in answer_readers)
+        fix += f"; training needs no answers with {settings}"
     return Mapping(question_column, _column(names, answer, ANSWERS, source, fix, other_than=question_column))
 
 

@@ -38,7 +38,7 @@ class Row:
     id: str  # the `id` column where there is one, else the row's number
     index: int  # position among the rows, from 0
     question: str
-    answer: str
+    answer: str  # "" if the problems have none, which no reward of the library asks for then
     columns: dict[str, Any]  # the columns that are not the question, unchanged
 
 
@@ -58,7 +58,7 @@ def training_set(config: Config, held_out: dict[str, list[Row]]) -> TrainingSet:
     """
     if not config.data.train:
         return TrainingSet(_builtin_rows(TASKS[config.data.task].problems(config)[0], "train"), [])
-    rows, mapping, told = load_rows(config.data)
+    rows, mapping, told = load_rows(config.data, config.rewards.answer_readers)
     kept, notes = cleaned(config, rows, held_out)
     return TrainingSet(kept, [("columns", str(mapping)), *told, *notes])
 
@@ -158,11 +158,16 @@ def _builtin_rows(problems: Sequence[Problem], split: str) -> list[Row]:
     return [Row(f"{split}-{i}", i, problem.question, str(problem.answer), {}) for i, problem in enumerate(problems)]
 
 
-def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, list[tuple[str, str]]]:
+def load_rows(
+    settings: DataConfig, answer_readers: Sequence[str] | None = None
+) -> tuple[list[Row], columns.Mapping, list[tuple[str, str]]]:
     """Returns the rows of config.data.train, the columns that were read, and notes on what is changed of the file.
 
     `data.train` is a name of TRAINING_SETS, a file or folder, or a hub id. Rows without an answer are left out where
     `data.clean` is set.
+
+    Args:
+        answer_readers: as for `columns.choose`.
 
     Raises:
         InputError: nothing to read, a missing column, blank cells, more broken rows than readers.MAX_BROKEN.
@@ -177,9 +182,9 @@ def load_rows(settings: DataConfig) -> tuple[list[Row], columns.Mapping, list[tu
         prompt, answer = prompt or preset.prompt, answer or preset.answer
     table = readers.read(path, source, subset, split)
     _check_not_empty(table, source)
-    mapping = columns.choose(table, prompt, answer, source)
+    mapping = columns.choose(table, prompt, answer, source, answer_readers=answer_readers)
     notes = []
-    if settings.clean:
+    if settings.clean and mapping.answer:
         answered = [row for row in table if not columns.is_blank(columns.answer, columns.cell(row[1], mapping.answer))]
         if not answered:
             raise InputError(f"{source}: none of its {len(table)} rows has a {mapping.answer!r}; name another column")
@@ -274,10 +279,11 @@ def _benchmark(
 
 
 def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:
-    reads = ((mapping.prompt, columns.question), (mapping.answer, columns.answer))
+    reads = [(mapping.prompt, columns.question), *[(mapping.answer, columns.answer)] * bool(mapping.answer)]
+    named = lambda number, cells: str(number if cells.get("id") is None else cells["id"])
     return [
-        Row(str(number if cells.get("id") is None else cells["id"]), index, question, answer, mapping.rest(cells))
-        for index, (number, cells, (question, answer)) in enumerate(columns.texts(table, reads, source))
+        Row(named(number, cells), index, question, answers[0] if answers else "", mapping.rest(cells))
+        for index, (number, cells, (question, *answers)) in enumerate(columns.texts(table, reads, source))
     ]
 
 

@@ -116,7 +116,7 @@ def printable(text: str, encoding: str | None) -> str:
 
 
 def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
-    """Returns (title, text) of a question, the draft in its prompt, its first completion and the right answer.
+    """Returns (title, text) of a question, the draft in its prompt, its first completion and the right answer, if any.
 
     Args:
         advantage: the advantage of the first completion.
@@ -128,7 +128,8 @@ def sample_blocks(group: Group, advantage: float) -> list[tuple[str, str]]:
     first, count = group.completions[0], len(group.completions)
     stage = {"refine": "refinement", "verify": "verification"}[first.stage] if group.kept is not None else "completion"
     blocks.append((f"{stage} 1 of {count}, {_score_text(first)}, advantage {advantage:+.2f}", first.text))
-    blocks.append(("right answer", group.reference_answer(first)))
+    if answer := group.reference_answer(first):
+        blocks.append(("right answer", answer))
     return [(title, _shorten(text)) for title, text in blocks]
 
 

@@ -4,7 +4,8 @@ The signature is TRL's (trl/trainer/grpo_trainer.py, `_calculate_rewards`). All 
 
     prompts, completions   texts, or lists of chat messages where `rewards.conversational` is set
     completion_ids         the token ids of each completion
-    **columns              the other columns of the data set, and the reference answers under their column's name
+    **columns              the other columns of the data set, and the reference answers, if there are any, under their
+                           column's name
     trainer_state          `global_step` and `max_steps`, for rewards that change during training
     log_metric(name, value), log_extra(column, values)
 
@@ -125,7 +126,8 @@ def call(reward: CustomReward, candidates: Sequence[Candidate], state: TrainerSt
 
 def _arguments(reward: CustomReward, candidates: Sequence[Candidate]) -> dict[str, list]:
     arguments = {name: [candidate.columns[name] for candidate in candidates] for name in candidates[0].columns}
-    arguments[reward.answer_column] = [candidate.answer for candidate in candidates]
+    if all(candidate.answer for candidate in candidates):
+        arguments[reward.answer_column] = [candidate.answer for candidate in candidates]
     arguments["prompts"] = [_message("user", candidate.question, reward) for candidate in candidates]
     arguments["completions"] = [_message("assistant", candidate.text, reward) for candidate in candidates]
     arguments["completion_ids"] = [[int(token) for token in candidate.tokens] for candidate in candidates]
@@ -236,4 +238,4 @@ def _place(function: Callable, error: BaseException) -> str:
 
 def _described(arguments: dict[str, list]) -> str:
     columns = [name for name in arguments if name not in ALWAYS]
-    return f"{', '.join(ALWAYS)} and the columns {', '.join(columns)}"
+    return f"{', '.join(ALWAYS)} and {'the columns ' + ', '.join(columns) if columns else 'no column'}"

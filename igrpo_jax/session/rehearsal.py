@@ -12,10 +12,13 @@ from igrpo_jax.rewards import custom, judge, verdicts, verifier
 from igrpo_jax.rewards.mathematics import golds
 
 WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer
+OTHER_ANSWER = "0"  # what is stated in place of the right answer where there is none
 
 
 def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str) -> list[tuple[str, str]]:
     """Calls custom rewards with a right and a wrong answer to each of the first two problems.
+
+    Where the problems have no answers, both are made up.
 
     They are called in a worker and within a time limit, as in the run. The limit is that of a batch of the run, because
     the first call imports the user's module.
@@ -24,7 +27,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
         opening: how the chat template begins a reply.
 
     Returns:
-        Name and values of each function, for the table that a run prints, with the right answer to the first problem
+        Name and values of each function, for the table that a run prints, with the first answer to the first problem
         where all of its values are alike; nothing without custom rewards.
 
     Raises:
@@ -35,7 +38,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
         return []
     batches = []
     for prompt in prompts[:2]:
-        answers = (golds.alternatives(prompt.answer)[0], WRONG_ANSWER)
+        answers = (_stated(prompt), WRONG_ANSWER)
         texts = [_reply(config, prompt, x, opening) for x in answers]
         row = functools.partial(Candidate, question=prompt.question, columns=prompt.columns)
         batches.append(
@@ -47,17 +50,18 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
     timeout = config.rewards.timeout * max(1, config.algorithm.num_generations // 2)
     values = custom.rehearse(rewards, batches, timeout, config.rewards.memory_gib)
     notes = []
+    named = ("a right answer", "a wrong one") if prompts[0].answer else ("an answer", "another one")
     for reward, by_problem in zip(rewards, values, strict=True):
-        texts = [f"{right:g} for a right answer, {wrong:g} for a wrong one" for right, wrong in by_problem]
+        texts = [f"{first:g} for {named[0]}, {second:g} for {named[1]}" for first, second in by_problem]
         text = "; ".join(dict.fromkeys(texts)).replace("nan", "None")
-        if all(f"{right:g}" == f"{wrong:g}" for right, wrong in by_problem):
-            text += f" (right was {one_line(batches[0][0].text)!r})"
+        if all(f"{first:g}" == f"{second:g}" for first, second in by_problem):
+            text += f" ({'right' if prompts[0].answer else 'the first'} was {one_line(batches[0][0].text)!r})"
         notes.append((f"reward {reward.name}", text))
     return notes
 
 
 def rehearsed_judge(config: Config, prompt: Prompt, opening: str) -> list[tuple[str, str]]:
-    """Asks the judge about a right answer to `prompt`.
+    """Asks the judge about a right answer to `prompt`, or about any where it has none.
 
     It is not asked where config.rewards.judge.cache is there already, whose verdicts may be all that a run needs.
 
@@ -70,9 +74,9 @@ def rehearsed_judge(config: Config, prompt: Prompt, opening: str) -> list[tuple[
     settings = config.rewards.judge
     if not settings.weight or ((cache := verdicts.named(settings)) and cache.exists()):
         return []
-    text = _reply(config, prompt, golds.alternatives(prompt.answer)[0], opening)
+    text = _reply(config, prompt, _stated(prompt), opening)
     score = judge.rehearse(settings, prompt.question, prompt.answer, opening + text)
-    return [("reward judge", f"{score:g} for a right answer")]
+    return [("reward judge", f"{score:g} for {'a right' if prompt.answer else 'a made-up'} answer")]
 
 
 def checked_budget(config: Config) -> list[tuple[str, str]]:
@@ -106,6 +110,11 @@ def checked_budget(config: Config) -> list[tuple[str, str]]:
         # A group without verdicts has no signal, so it is drawn again until its redraws are used up.
         note += f", and a step that asks for more than {math.floor(budget / (1 - most))}, by its redraws, stops the run"
     return [("judge", note)]
+
+
+def _stated(prompt: Prompt) -> str:
+    """Returns the right answer to `prompt`, or one that is made up where it has none."""
+    return golds.alternatives(prompt.answer)[0] if prompt.answer else OTHER_ANSWER
 
 
 def _reply(config: Config, prompt: Prompt, answer: str, opening: str) -> str:

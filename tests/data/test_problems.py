@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -11,7 +12,7 @@ import pytest
 from model_files import error_of
 from pyarrow import parquet
 
-from igrpo_jax.config import ArithmeticConfig, Config, DataConfig, EvaluationConfig
+from igrpo_jax.config import ArithmeticConfig, Config, DataConfig, EvaluationConfig, JudgeConfig, RewardsConfig
 from igrpo_jax.data import overlap, problems, readers
 from igrpo_jax.data.catalog import BENCHMARKS, TRAINING_SETS
 from igrpo_jax.errors import InputError
@@ -240,6 +241,40 @@ def test_a_column_that_is_not_there(tmp_path):
     assert "the nearest is 'Question'" in error_of(load, file, "question", "")
     file = write(tmp_path / "x.jsonl", [{"problem": "x", "expected": "1"}] * 2)  # not the column of the questions
     assert "its columns are problem, expected; the nearest is 'expected'" in error_of(load, file, "", "")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "fix"),
+    [
+        (RewardsConfig(), "training needs no answers with config.rewards.accuracy = 0)"),
+        (
+            RewardsConfig(judge=JudgeConfig(weight=1.0, model="m")),
+            "with config.rewards.accuracy = 0 and config.rewards.judge.show_reference = False)",
+        ),
+        (RewardsConfig(accuracy=0.0, judge=JudgeConfig(weight=1.0, model="m")), "judge.show_reference = False)"),
+        (RewardsConfig(accuracy=0.0, judge=JudgeConfig(weight=1.0, model="m", show_reference=False)), ""),
+        (RewardsConfig(accuracy=0.0, judge=JudgeConfig(show_reference=True)), ""),
+    ],
+)
+@pytest.mark.parametrize("question", ["2 + 2?", [{"role": "user", "content": "2 + 2?"}]])
+def test_problems_without_answers_need_rewards_that_read_none(tmp_path, rewards, fix, question):
+    """The data sets of TRL's examples with a column `prompt` alone were refused whatever the rewards."""
+    rows = [{"prompt": question, "options": ["3", "4"], "level": i} for i in range(2)]
+    file = write(tmp_path / "x.jsonl", [{**row, "id": i} for i, row in enumerate(rows)])
+    data = DataConfig(train=file, clean=True, prompt_column="prompt")
+    found = lambda **more: problems.training_set(Config(data=replace(data, **more), rewards=rewards), {})
+    if fix:
+        assert error_of(found).endswith(fix)
+        return
+    (first,), notes = found().rows, dict(found().notes)
+    assert (first.id, first.question, first.answer, first.columns["level"]) == ("0", "2 + 2?", "", 0)
+    assert notes["columns"] == "question from 'prompt', no answers" and notes["repeated problems"].startswith("1 of 2")
+    asked = found(prompt_column="", clean=False).rows
+    assert [(row.question[:24], row.answer) for row in asked] == [("2 + 2?\n\nA) 3\nB) 4\n\nThe f", "")] * 2
+    assert "no column 'answer'" in error_of(lambda: found(answer_column="answer"))  # a named one must be there
+    assert "no column 'answer'" in error_of(problems.load_rows, data)  # SFT states answers
+    write(tmp_path / "x.jsonl", [{"prompt": question, "options": "3, 4"}])
+    assert "clear what they are in 1 of 1 rows: row 1; write them" in error_of(lambda: found(prompt_column=""))
 
 
 def test_blank_cells_are_counted_and_their_rows_named(tmp_path):

@@ -90,6 +90,12 @@ def test_rows_of_verifications_name_the_verdict_that_they_should_give(tmp_path, 
     assert titles[2].startswith("verification 1 of 1, reward 1") and texts[-1] == "0"
 
 
+def test_a_problem_without_an_answer_shows_none_on_the_console(two_groups):
+    prompt = two_groups[0].prompt
+    titles = lambda answer: [title for title, _ in lines.sample_blocks(replace(two_groups[0], prompt=answer), 0.0)]
+    assert titles(prompt)[-1] == "right answer" and titles(replace(prompt, answer="")) == titles(prompt)[:-1]
+
+
 def test_the_draft_of_a_refinement_is_the_kept_one(tmp_path, two_groups):
     """The second one, which need not be the best."""
     kept = replace(two_groups[0], kept=1)

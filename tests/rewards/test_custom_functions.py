@@ -27,6 +27,7 @@ def call(function, state=START, **changes):
 
 
 def everything(**arguments):
+    received.clear()
     received.update(arguments)
     return [0, 1]
 
@@ -52,6 +53,19 @@ def test_what_a_function_receives_has_trls_names():
         "level": [5, 5],
         "solution": ["4", "4"],
     }
+
+
+def test_without_a_reference_answer_a_function_receives_no_column_of_it(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", [dataclasses.replace(row, answer="") for row in ROWS])
+    call(everything, answer_column="solution")
+    assert received["level"] == [5, 5] and "solution" not in received
+    with pytest.raises(TypeError) as missing:
+        call(strict)
+    assert missing.value.__notes__[0].endswith("prompts, completions, completion_ids and the columns level)")
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", [dataclasses.replace(row, columns={}) for row in ROWS])
+    with pytest.raises(TypeError) as missing:
+        call(strict)
+    assert missing.value.__notes__[0].endswith("prompts, completions, completion_ids and no column)")
 
 
 def test_a_conversational_function_receives_messages():

@@ -1,6 +1,7 @@
 """What rewards are tried with before a run. A right answer in a form that they do not read makes them look broken."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,3 +29,31 @@ def test_custom_rewards_are_called_with_answers_in_the_form_that_is_asked_for(in
         rehearsal._reply(settings(), dataclasses.replace(prompt, question=f"{instruction} 3 + 4"), "7", "<think>")
         == reply[7:]
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "stated", "note", "judged"),
+    [
+        ("7", "7", "1 for a right answer, 0 for a wrong one", "0.5 for a right answer"),
+        ("", "0", "1 for an answer, 0 for another one", "0.5 for a made-up answer"),
+    ],
+)
+def test_an_answer_is_made_up_where_a_problem_has_none(monkeypatch, answer, stated, note, judged):
+    prompt = Prompt("a", 0, "3 + 4", answer, np.zeros(1, np.int32))
+    shown = []  # by function and judge
+
+    def called(rewards, batches, *_):
+        shown.extend((each.text, each.answer) for each in batches[0][:1])
+        return [[[1, 0]]]
+
+    def asked(_, question, answer, text):
+        shown.append((text, answer))
+        return 0.5
+
+    monkeypatch.setattr(rehearsal.custom, "rehearse", called)
+    monkeypatch.setattr(rehearsal.judge, "rehearse", asked)
+    encodes = SimpleNamespace(encode_completion=lambda text: np.zeros(1, np.int32))
+    run = settings(**{"rewards.functions": ("builtins:len",), "rewards.judge.weight": 1.0, "rewards.judge.model": "m"})
+    assert rehearsal.rehearsed_rewards(run, [prompt], encodes, "") == [("reward len", note)]
+    assert rehearsal.rehearsed_judge(run, prompt, "") == [("reward judge", judged)]
+    assert all(f"<answer>{stated}</answer>" in text and given == answer for text, given in shown) and len(shown) == 2

@@ -200,7 +200,7 @@ async function show(mine) {
 
 function card(one, step) {
   const kept = one.drafts.find((draft) => draft.sample === one.kept);
-  const head = node("header", {}, node("b", {}, `step ${step} · ${short(one.id)}`), node("span", {}, `right answer: ${short(one.answer ?? "none")}`));
+  const head = node("header", {}, node("b", {}, `step ${step} · ${short(one.id)}`), node("span", {}, `right answer: ${short(one.answer || "none")}`));
   if (one.drafts.length) head.append(node("span", {}, `drafts: ${rights(one.drafts)}`));
   const what = !kept ? "completions" : one.verified ? "verifications" : "refinements";
   const against = one.verified ? null : kept; // a verification is no new version of what it was shown
