@@ -148,10 +148,14 @@ def asked(rows: dict[str, list[Row]], limit: int) -> dict[str, list[Row]]:
 
 def _check_no_other_part(settings: DataConfig, hub_id: str) -> None:
     """Raises InputError if a subset or split is set beside the name of a data set, which stands for one part of it."""
-    for name in ("subset", "split"):
-        if (value := getattr(settings, name)) != getattr(DataConfig(), name):
-            fix = f"{settings.train!r} stands for one part of {hub_id}; set config.data.train = {hub_id!r} for another"
-            raise InputError(f"config.data.{name} = {value!r}: {fix}")
+    for name in _chosen_parts(settings):
+        fix = f"{settings.train!r} stands for one part of {hub_id}; set config.data.train = {hub_id!r} for another"
+        raise InputError(f"config.data.{name} = {getattr(settings, name)!r}: {fix}")
+
+
+def _chosen_parts(settings: DataConfig) -> list[str]:
+    """Returns which of "subset" and "split" is not the default."""
+    return [name for name in ("subset", "split") if getattr(settings, name) != getattr(DataConfig(), name)]
 
 
 def _builtin_rows(problems: Sequence[Problem], split: str) -> list[Row]:
@@ -180,7 +184,7 @@ def load_rows(
         _check_no_other_part(settings, preset.id)
         path, subset, split = preset.id, preset.subset, preset.split
         prompt, answer = prompt or preset.prompt, answer or preset.answer
-    table = readers.read(path, source, subset, split)
+    table = readers.read(path, source, subset, split, chosen=() if preset else _chosen_parts(settings))
     _check_not_empty(table, source)
     mapping = columns.choose(table, prompt, answer, source, answer_readers=answer_readers)
     notes = []

@@ -42,7 +42,9 @@ def ending(name: str | Path) -> str:
     return suffix if suffix in SUFFIXES else ""
 
 
-def read(path: str, source: str, subset: str = "", split: str = "train", fix: str = "") -> Table:
+def read(
+    path: str, source: str, subset: str = "", split: str = "train", fix: str = "", chosen: Sequence[str] = ()
+) -> Table:
     """Returns the rows of a file, of the files of a folder in the order of their names, or of a hub data set.
 
     Where a word in a file name of a folder is a split (gsm8k_test.jsonl, train-00000-of-00002.parquet), only the files
@@ -55,11 +57,13 @@ def read(path: str, source: str, subset: str = "", split: str = "train", fix: st
         subset: the subset of a hub data set.
         split: the split of a hub data set, or of a folder's files.
         fix: what errors of the hub advise; by default to give a local file.
+        chosen: "subset" and "split", where they are the user's settings in config.data.
 
     Raises:
-        InputError: there is nothing to read, or it can't be read.
+        InputError: there is nothing to read, or it can't be read; a local file or folder has no part that is `chosen`.
     """
     file = local_copy(path, source)
+    _check_parts(file, {"subset": subset, "split": split}, chosen)
     if file.is_dir():
         return _read_folder(file, source, split)
     if file.is_file() and ending(file):
@@ -85,13 +89,31 @@ def local_copy(address: str, source: str) -> Path:
     return reading.local(source, address, lambda name: "/" not in name and bool(ending(name)))
 
 
+def _check_parts(path: Path, values: dict[str, str], chosen: Sequence[str]) -> None:
+    """Raises InputError if a local file or folder has no part that is chosen: it would be read as if nothing were."""
+    is_folder = path.is_dir()
+    has_splits = is_folder and ((path / SAVED[0]).is_file() or any(_splits(path).values()))
+    for name in chosen if path.exists() else ():
+        if name == "subset" or not has_splits:
+            raise InputError(
+                f"config.data.{name} = {values[name]!r}: {str(path)!r} is a local {'folder' if is_folder else 'file'} "
+                f"without {name}s; leave the setting out, and give the file of what you want as config.data.train"
+            )
+
+
+def _splits(folder: Path) -> dict[Path, set[str]]:
+    """Returns the files of a folder in the order of their names, with the words of SPLITS that are in each name."""
+    files = sorted(file for file in folder.iterdir() if ending(file))
+    return {file: SPLITS.intersection(re.split("[^a-z]+", file.stem.lower())) for file in files}
+
+
 def _read_folder(folder: Path, source: str, split: str) -> Table:
     if any((folder / name).is_file() for name in SAVED):
         return _read_saved(folder, source, split)
-    files = sorted(file for file in folder.iterdir() if ending(file))
+    splits = _splits(folder)
+    files = list(splits)
     if not files:
         raise InputError(f"{source}: holds no file that ends in {FILES}; give a folder of them, or one file")
-    splits = {file: SPLITS.intersection(re.split("[^a-z]+", file.stem.lower())) for file in files}
     if named := set().union(*splits.values()):
         files = [file for file in files if split in splits[file]]
         if not files:

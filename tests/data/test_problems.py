@@ -447,6 +447,31 @@ def test_the_name_of_a_data_set_stands_for_one_part_of_it(name, value):
     assert error_of(problems.load_rows, settings) == f"config.data.{name} = '{value}': {fix}"
 
 
+@pytest.mark.parametrize(("name", "value"), [("subset", "hard"), ("split", "validation")])
+def test_a_part_is_not_asked_of_a_file_or_folder_that_has_none(tmp_path, name, value):
+    """All of it was trained on, without a word."""
+    import datasets
+
+    rows = datasets.Dataset.from_list(sums(3))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(validation=rows).save_to_disk(str(tmp_path / "saved of splits"))
+    for path in ("rows", "named/validation"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{path}.jsonl", sums(3))
+    (tmp_path / "unnamed").mkdir()
+    write(tmp_path / "unnamed" / "rows.jsonl", sums(3))
+    has_splits = {"rows.jsonl": False, "saved": False, "unnamed": False, "named": True, "saved of splits": True}
+    for path, has in has_splits.items():
+        read = lambda path=path: load(tmp_path / path, **{name: value})
+        if has and name == "split":
+            assert [row.answer for row in read()] == ["1", "2", "3"]
+            continue
+        kind = "file" if path == "rows.jsonl" else "folder"
+        said = f"config.data.{name} = {value!r}: {str(tmp_path / path)!r} is a local {kind} without {name}s; leave"
+        assert said in error_of(read)
+    assert "no such file" in error_of(lambda: load(tmp_path / "other.jsonl", **{name: value}))
+
+
 def test_a_folder_with_the_name_of_a_preset_is_read_itself(tmp_path, monkeypatch):
     (tmp_path / "math").mkdir()
     write(tmp_path / "math" / "x.jsonl", sums(3))
