@@ -11,6 +11,7 @@ from igrpo_jax.config import Config, differences, to_dict
 from igrpo_jax.errors import InputError
 from igrpo_jax.learning.optimizer import make_schedule
 from igrpo_jax.outputs.console import Console
+from igrpo_jax.session.run_inputs import COLUMNS
 
 
 def check_not_past_end(config: Config, total_steps: int, workdir: Path, resumed_after: int) -> None:
@@ -56,19 +57,27 @@ def unused_settings(made: Config, asked: Config, workdir: Path) -> str:
 
 
 def changed_rewards(before: Mapping[str, str], now: Mapping[str, str], resumed_after: int) -> str:
-    """Returns the message on files of custom rewards that are not as they were; "" for none.
+    """Returns the message on files of custom rewards, and columns that these get, that are not as they were; "" for
+    none.
 
     Args:
-        before: hashes by module (`functions.sources`) when the checkpoint was saved.
+        before: `RunInputs.reward_sources` when the checkpoint was saved; an older version saved none of the columns.
         now: those of this launch.
         resumed_after: the step that the run is resumed from.
     """
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    what, new = [], []
+    if files := [name for name in changed if name != COLUMNS]:
+        what.append(f"the file of {' and of '.join(files)}, which config.rewards names, has changed")
+        new.append("functions")
+    if COLUMNS in changed:
+        what.append("columns of config.data.train, which rewards of your own get, have changed")
+        new.append("columns")
     if not changed:
         return ""
     return (
-        f"the file of {' and of '.join(changed)}, which config.rewards names, has changed: from step "
-        f"{resumed_after + 1} on the rewards are those of the new functions, and may not compare with earlier ones"
+        f"{', and '.join(what)}: from step {resumed_after + 1} on the rewards are those of the new "
+        f"{' and '.join(new)}, and may not compare with earlier ones"
     )
 
 

@@ -8,7 +8,9 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
@@ -26,6 +28,8 @@ from igrpo_jax.rewards import functions, verifier
 from igrpo_jax.sampling.configured import open_programs
 from igrpo_jax.sampling.programs import SamplerPrograms
 from igrpo_jax.session import rehearsal
+
+COLUMNS = "columns of the data"  # stands for these among the modules of custom rewards; no module has such a name
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,16 @@ class RunInputs:
 
     @functools.cached_property
     def reward_sources(self) -> dict[str, str]:
-        """Hashes of the files of custom rewards, by module; a resume tells where they are others."""
-        return functions.sources(verifier.custom_rewards(self.config.rewards, self.config.data.answer_name))
+        """Hashes of the files of custom rewards, by module, and of the columns that these get, by COLUMNS; a resume
+        tells where they are others.
+        """
+        rewards = verifier.custom_rewards(self.config.rewards, self.config.data.answer_name)
+        if not rewards:
+            return {}
+        columns = hashlib.sha256()
+        for prompt in self.prompts:
+            columns.update(json.dumps(prompt.columns, sort_keys=True, default=_described).encode())
+        return {**functions.sources(rewards), COLUMNS: columns.hexdigest()}
 
     def step_prompts(self, step: int, redraw: int = 0) -> list[Prompt]:
         """Returns the prompts of `step` (from 1), or of its redraw 1, 2, …; they depend only on these and the seed."""
@@ -63,6 +75,11 @@ class RunInputs:
         else:
             indices = order.step_indices(batch, config.prompts_per_step, count, config.seed)
         return [self.prompts[i] for i in indices]
+
+
+def _described(value: Any) -> str:
+    """Returns a cell that is not JSON, such as a time or an image, as Python prints it, without its place in memory."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def origin(config: Config) -> str:

@@ -58,4 +58,8 @@ def test_rewards_whose_file_has_changed_are_named(tmp_path, monkeypatch):
     told = resuming.changed_rewards(before, functions.sources(rewards), 4)
     assert told.startswith("the file of edited_rewards, which config.rewards names, has changed: from step 5 on")
     assert not resuming.changed_rewards({}, functions.sources(rewards), 4)
+    before, now = (dict.fromkeys(("edited_rewards", resuming.COLUMNS), each) for each in "ab")
+    told = resuming.changed_rewards(before, now, 4)
+    assert told.startswith("the file of edited_rewards, which config.rewards names, has changed, and columns of config")
+    assert "from step 5 on the rewards are those of the new functions and columns, and" in told
     del sys.modules["edited_rewards"]

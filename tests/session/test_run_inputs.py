@@ -1,6 +1,7 @@
 """Which prompts a step has, and whether there are enough."""
 
 import dataclasses
+import datetime
 import json
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from whole_runs import settings
 
 from igrpo_jax import config
 from igrpo_jax.records import Prompt
-from igrpo_jax.session import run_inputs
+from igrpo_jax.session import resuming, run_inputs
 from igrpo_jax.session.run_inputs import (
     RunInputs,
     check_positions,
@@ -54,6 +55,27 @@ def test_a_resume_needs_the_same_prompts_and_answers_in_the_same_order():
     assert found == fingerprint(first, second)
     assert found not in (fingerprint(([1, 2], "4"), second), fingerprint(([1, 7], "3"), second))
     assert found not in (fingerprint(second, first), fingerprint(first))
+
+
+def test_a_resume_is_told_of_other_columns_where_rewards_of_ones_own_get_them():
+    """A reward that reads the column `level` went from 3.5 to 53 without a word where the file was edited."""
+
+    def sources(*columns, rewards=("builtins:len",)):
+        prompts = [Prompt("", 0, "", "3", np.zeros(1, np.int32), each) for each in columns]
+        run = config.Config(rewards=config.RewardsConfig(functions=rewards))
+        return RunInputs.reward_sources.func(SimpleNamespace(config=run, prompts=prompts))
+
+    class Image:
+        """Is printed with its place in memory."""
+
+    first, second = {"level": 2, "at": datetime.date(2026, 1, 1), "image": Image()}, {"level": 3, "about": {"a": [1]}}
+    found = sources(first, second)
+    assert found == sources(dict(reversed([*(first | {"image": Image()}).items()])), second)
+    assert sources(first, second, rewards=()) == {}  # which may have been edited as one likes
+    for changed in (first | {"level": 200}, first | {"at": datetime.date(2026, 1, 2)}, first | {"more": 1}):
+        told = resuming.changed_rewards(found, sources(changed, second), 4)
+        assert told.startswith("columns of config.data.train, which rewards of your own get, have changed: from step 5")
+    assert not resuming.changed_rewards({}, found, 4)  # a checkpoint of an older version
 
 
 def test_the_longest_prompt_is_that_of_stage_2_and_fits_the_models_positions():
