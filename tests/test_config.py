@@ -360,8 +360,9 @@ def test_what_verifications_do_not_go_together_with(path, value, says):
         ),
         ({"function_weights": (1.0,)}, "give 0"),
         ({"functions": ("a:f", "b:f")}, "two functions have the name f"),
-        ({"functions": ("a:f", "a:f")}, "once"),
-        ({"functions": ("a.f",)}, "written as module:function"),
+        ({"functions": ("a:f", "a:f")}, "module:function, once; 'a:f' comes more than once"),
+        ({"functions": ("a:f", "a.f")}, "written as module:function, once; 'a.f' is not"),
+        ({"functions": ("a:f", "a:F.f")}, "written as module:function, once; 'a:F.f' is not"),
         ({"functions": ("a:f",), "function_weights": (0.0,), "accuracy": 0.0, "format": 0.0}, "there is no reward"),
     ],
 )

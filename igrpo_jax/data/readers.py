@@ -146,7 +146,7 @@ def _read_files(files: list[Path], source: str) -> Table:
             if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise InputError(f"{source}{f': {file.name}' * (len(files) > 1)}: is UTF-16; save it as utf-8")
     if suffix in KINDS:
-        fix = "give a file in JSON Lines"
+        fix = "give a whole file, or one in JSON Lines"
         # The libraries fail on empty files, each in its own way.
         names = [str(file) for file in files if not _is_empty(file)]
         if not names:
@@ -308,12 +308,16 @@ def _read_datasets(source: str, fix: str, load: Callable[[Any], Any]) -> Table:
     """Returns the rows of what `load` returns, which receives the module `datasets`."""
     import datasets  # takes seconds to import; JSON Lines don't need it
 
-    # Each attempt to reach the hub would log a warning of its own; the error below reports the result.
+    # Each attempt to reach the hub, and each file that can't be read, would be logged; the error below reports it.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     if not (sys.stderr and sys.stderr.isatty()):  # a log would get a line for each state of the bars
         datasets.disable_progress_bars()
     try:
         return list(enumerate(_with_short_numbers(load(datasets), datasets.Value), 1))
-    except Exception as error:  # arrow, the hub and the builders share no base
+    except Exception as raised:  # arrow, the hub and the builders share no base
+        error = raised
+        if isinstance(raised, datasets.exceptions.DatasetGenerationError) and isinstance(raised.__cause__, Exception):
+            error = raised.__cause__  # says what is wrong, where the builder says that something is
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{source}: can't be loaded ({type(error).__name__}: {reason}); {fix}") from error

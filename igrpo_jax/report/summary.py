@@ -112,7 +112,7 @@ def compared_folders(first: Path, second: Path, words: str) -> tuple[str, dict[s
 def paired_text(pair: comparison.Paired) -> str:
     """Returns a change with its interval, on how many problems it rests, and the p-value of an exact sign test."""
     interval = f"95 % interval {100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
-    counts = f"{pair.problems:,} problems in pairs, {pair.better:,} better and {pair.worse:,} worse"
+    counts = f"{counted(pair.problems, 'problem')} in pairs, {pair.better:,} better and {pair.worse:,} worse"
     if pair.left_out:
         counts += f"; {pair.left_out:,} in one evaluation only are left out"
     return f"{100 * pair.change:+.1f} points, {interval}, p = {pair.p_value:.2g} by an exact sign test, {counts}"

@@ -284,6 +284,10 @@ _TAKES_LISTS = re.compile(
     r"AttributeError: 'list' object has no attribute|TypeError: (?:expected string or bytes-like|list indices must be)"
 )
 
+_NO_COMPLETIONS = (
+    "; it has no parameter completions: if it returns a reward function, give that one a name in a module of your own, "
+    "as in short = make_short(...), and name my_rewards:short"
+)
 _UNEXPECTED = re.compile(r"got an unexpected keyword argument '(\w+)'")
 
 
@@ -296,8 +300,9 @@ def _rehearsed(reward: CustomReward, candidate: Candidate, outcome: Outcome) -> 
     if _TAKES_LISTS.search(detail) if reward.conversational else _TAKES_TEXTS.search(detail):
         wanted = "texts" if reward.conversational else "chat messages"
         fix = f"; set config.rewards.conversational = {not reward.conversational} if it expects {wanted}"
-    if unknown := _UNEXPECTED.search(detail):
-        fix = "; end its parameters with **columns" if unknown[1] in functions.given(reward, candidate) else fix
+    unknown = _UNEXPECTED.search(detail)
+    if unknown and unknown[1] in functions.given(reward, candidate):
+        fix = "; end its parameters with **columns" if functions.takes_completions(reward) else _NO_COMPLETIONS
     raise InputError(
         f"config.rewards.{reward.setting} = {reward.path!r}: fails on the training problem "
         f"{quoted(one_line(candidate.question))}: {detail}{fix}"

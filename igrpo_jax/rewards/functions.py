@@ -139,6 +139,11 @@ def given(reward: CustomReward, candidate: Candidate) -> set[str]:
     return set(_arguments(reward, [candidate]))
 
 
+def takes_completions(reward: CustomReward) -> bool:
+    """Returns whether the function has a parameter for the completions; what makes reward functions has none."""
+    return "completions" in _accepted(load(reward.path, reward.setting), {"completions": None})
+
+
 def _message(role: str, text: str, reward: CustomReward) -> Any:
     """Returns a text as the function receives it."""
     return [{"role": role, "content": text}] if reward.conversational else text

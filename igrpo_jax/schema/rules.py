@@ -13,6 +13,7 @@ class Rule(NamedTuple):
     allows: Callable[[Any], bool]
     on_entries: bool = False  # whether the condition is one on each entry of a tuple
     secret: bool = False  # a value that breaks the rule may be a secret, and is not repeated
+    which: Callable[[Any], str] = lambda value: ""  # which entry of a tuple breaks it and how, as the end of an error
     otherwise: str = ""  # what to do where the value is an object of another type than the field's
 
 
@@ -53,9 +54,14 @@ def Each(rule: Rule, once: bool = False) -> Rule:
     """Allows tuples whose entries `rule` allows; with `once` no entry may come twice."""
 
     def allows(entries: tuple) -> bool:
-        return all(map(rule.allows, entries)) and not (once and len(set(entries)) < len(entries))
+        return not which(entries)
 
-    return Rule(rule.text + ", once" * once, allows, on_entries=True, otherwise=rule.otherwise)
+    def which(entries: tuple) -> str:
+        wrong = [f"; {entry!r} is not" for entry in entries if not rule.allows(entry)]
+        twice = [f"; {entry!r} comes more than once" for entry in entries if once and entries.count(entry) > 1]
+        return "".join([*wrong, *twice][:1])
+
+    return Rule(rule.text + ", once" * once, allows, on_entries=True, which=which, otherwise=rule.otherwise)
 
 
 def HoldsOnce(part: str) -> Rule:

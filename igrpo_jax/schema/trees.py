@@ -184,7 +184,7 @@ def _check_rules(config: Any, prefix: str) -> None:
             if any(rule.secret for rule in broken):
                 raise FieldError(path, f"config.{path}: {fix}")
             if broken:
-                raise refusal(path, value, fix)
+                raise refusal(path, value, fix + broken[0].which(value))
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise refusal(path, value, f"{'each ' * isinstance(value, tuple)}must be a finite number")

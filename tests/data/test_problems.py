@@ -147,6 +147,22 @@ def test_an_empty_file(tmp_path, capfd, name, text):
     assert message.endswith(f"{name}': is empty; give a file with at least one problem") and not capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("x.parquet", "ArrowInvalid: Parquet magic bytes not found"), ("x.json", "ValueError: ")]
+)
+def test_a_file_that_was_cut_off_is_reported_once_with_the_reason(tmp_path, caplog, capfd, name, reason):
+    """`datasets` logged it too, and of .json the error said only that there was one."""
+    if name == "x.parquet":
+        parquet.write_table(pyarrow.table({"prompt": ["2 + 2?"] * 100, "answer": ["4"] * 100}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(sums(9)))
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    message = error_of(load, file)
+    assert f"can't be loaded ({reason}" in message and message.endswith("; give a whole file, or one in JSON Lines")
+    assert not caplog.records and not capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
 def test_a_file_in_utf_16_is_named(tmp_path, name):
     text = "prompt,answer\na,1\n" if name == "x.csv" else '{"prompt": "a", "answer": "1"}\n'

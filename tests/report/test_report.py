@@ -24,6 +24,7 @@ import pytest
 from igrpo_jax import config as config_lib
 from igrpo_jax.cli import exits
 from igrpo_jax.errors import InputError
+from igrpo_jax.evaluation import comparison
 from igrpo_jax.report import __main__ as report
 from igrpo_jax.report import charts, figures, pages, panels, runs, samples, settings, summary, table
 
@@ -289,8 +290,10 @@ def test_problems_are_compared_in_pairs_where_their_rows_are_there(tmp_path):
     assert (
         conclusion.answer == "Learning"
         and "+20.0 points" in conclusion.reasons[0]
-        and "40 problems" in conclusion.reasons[0]
+        and "40 problems in pairs, " in conclusion.reasons[0]
     )
+    one = comparison.Paired(1, 0, 0.0, 1.0, 1.0, 1.0, 1.0, 1, 0, 1.0)
+    assert ", 1 problem in pairs, " in summary.paired_text(one)
     write_evaluation(folder, 10, range(6, 24))  # 8 become right and 6 wrong
     conclusion = concluded(folder)
     assert conclusion.answer == "Not shown" and "+5.0 points" in conclusion.reasons[0]

@@ -546,10 +546,15 @@ def without_columns(completions):
     return [1.0] * len(completions)
 
 
+def makes_rewards(longest, cache=8):
+    return without_columns
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("makes_rewards", r"'.*'.*; it has no parameter completions: if it returns a reward function, give that one a"),
         ("one_too_many", r"one number or None per completion: 3 values for 2 completions \(in one_too_many, "),
         ("without_columns", r"got an unexpected keyword argument '.*'.*; end its parameters with \*\*columns$"),
         ("first_only", ""),

@@ -31,7 +31,7 @@ def test_a_config_dict_comes_back_as_it_went():
         ({"count": 0}, "config.count = 0: must be at least 1"),
         ({"limit": 0}, "config.limit = 0: must be at least 1, or None"),
         ({"mode": "c"}, "config.mode = 'c': must be one of None, a, b"),
-        ({"sizes": (1, 0)}, "config.sizes = (1, 0): each must be at least 1, once"),
+        ({"sizes": (1, 0)}, "config.sizes = (1, 0): each must be at least 1, once; 0 is not"),
         ({"sizes": (1, True)}, "config.sizes = (1, True): each entry must be a whole number"),
         ({"sizes": 1}, "config.sizes = 1: must be a tuple, each entry a whole number; write (1,)"),
         ({"count": None}, "config.count = None: must be a whole number"),
