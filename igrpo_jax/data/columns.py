@@ -62,11 +62,14 @@ def choose(
             may have none. None = answers are needed in any case.
 
     Raises:
-        InputError: there is no such column; the message lists those that exist.
+        InputError: there is no such column, and the message lists those that exist; or one column is both, and holds
+            no chats that end with a reply.
     """
     question_column, names = choose_prompt(table, prompt, source, fix), _names(table)
-    if not answer and not any(name in names for name in ANSWERS):
-        if _has_replies(table, question_column):
+    known = tuple(name for name in ANSWERS if name != question_column)
+    is_chat = lambda: _has_replies(table, question_column)
+    if not answer and not any(name in names for name in known):
+        if is_chat():
             return Mapping(question_column, question_column)
         if answer_readers is not None and not answer_readers:
             return Mapping(question_column, "")
@@ -74,7 +77,12 @@ def choose(
     if answer_readers:
         settings = " and ".join(f"config.rewards.{setting}" for setting in answer_readers)
         fix += f"; training needs no answers with {settings}"
-    return Mapping(question_column, _column(names, answer, ANSWERS, source, fix, other_than=question_column))
+    answer_column = _column(names, answer, known, source, fix, other_than=question_column)
+    if answer_column == question_column and not is_chat():
+        raise InputError(
+            f"{source}: question and answer are both column {answer_column!r}, so the question shows its answer ({fix})"
+        )
+    return Mapping(question_column, answer_column)
 
 
 def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str:

@@ -388,6 +388,18 @@ def test_a_named_column_wins_over_those_found(tmp_path):
     assert (row.question, row.answer) == ("Q", "2")
 
 
+def test_one_column_is_question_and_answer_of_chats_alone(tmp_path):
+    """The answer stood in the prompt, and all was accepted."""
+    chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    file = write(tmp_path / "x.jsonl", [{"solution": "2 + 2 is 4", "answer": "4", "output": chat}])
+    message = error_of(load, file, "solution", "solution")
+    assert "question and answer are both column 'solution', so the question shows its answer (config.data" in message
+    assert [(row.question, row.answer) for row in load(file, "output", "output")] == [("2 + 2?", "4")]
+    (row,) = load(file, "answer", "")  # which is not found as the answer of itself
+    assert (row.question, row.answer) == ("4", "2 + 2 is 4")
+    assert "has no column" in error_of(load, write(tmp_path / "x.jsonl", [{"answer": "4"}]), "answer", "")
+
+
 def test_a_dot_reaches_into_columns_however_deep_they_lie(tmp_path):
     """As in extra_info of veRL; and an error still names the nearest column."""
     row = {"prompt": "Q", "extra_info": {"split": "train", "reward": {"ground_truth": "2", "style": {"kind": "rule"}}}}

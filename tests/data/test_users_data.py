@@ -187,6 +187,8 @@ def test_answers_of_a_benchmark_that_nothing_can_equal_are_named(tmp_path, caplo
         "It is 12",
         "The total is 12",
         "The total is 12 because 3 times 4 is 12.",
+        "What is the capital of France?",
+        "How many are left?\n",
         "\\frac{1}{2",
         "5}",
         "x" * 1001,
@@ -206,6 +208,7 @@ def test_every_row_with_such_an_answer_is_found():
     "gold",
     [
         *("12", "x = 5", "\\text{Monday, Tuesday and Friday}", "(D) The cat sat on the mat", "π", "无解", "是的。"),
+        *("(D) How many are left?", "x = ?"),
         *("every even integer", "no solution", "All real numbers", "There are no solutions", "12 square inches"),
         *("The answer is 12", "(D) It is 12", "D: 2 is even, so 12", "n is a multiple of 3", "rotations of SO(3)"),
     ],

@@ -96,10 +96,13 @@ def printed_list(text: str) -> str:
 
 
 def is_prose(gold: str) -> bool:
-    """Returns whether a gold is a text of sentences, such as a whole solution, which no final answer equals."""
+    """Returns whether a gold is a text of sentences, such as a whole solution, or a question: no final answer equals
+    it.
+    """
     words = len(_WORD.findall(gold))
     several = bool(_NEXT_IDEOGRAPHIC.search(gold)) or (words >= 4 and bool(_NEXT_SENTENCE.search(gold)))
-    return words > MAX_WORDS or several
+    is_question = words >= 3 and gold.rstrip().endswith("?") and not _LETTERED.match(gold)
+    return words > MAX_WORDS or several or is_question
 
 
 def stated_number(gold: str) -> str:
