@@ -33,7 +33,9 @@ BLANK = {
     "HIP_VISIBLE_DEVICES": "",
     "TPU_VISIBLE_CHIPS": "",
     "TPU_VISIBLE_DEVICES": "",
-    "TPU_LIBRARY_PATH": "/dev/null",
+    # A file that is no library, so that libtpu can't be loaded. Of what is no file, such as /dev/null, jax warns as it
+    # is imported, and takes the installed libtpu in its place.
+    "TPU_LIBRARY_PATH": __file__,
     "PJRT_DEVICE": "CPU",
     # A thread pool of the linear algebra library per worker would eat the address space on machines with many cores.
     "OMP_NUM_THREADS": "1",

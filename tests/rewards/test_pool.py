@@ -3,6 +3,7 @@
 Workers import this file, so it must not import jax.
 """
 
+import ctypes
 import itertools
 import multiprocessing
 import os
@@ -186,6 +187,18 @@ def test_environment_and_modules_of_a_worker(pool):
     environment, modules = settle([pool.submit("environment"), pool.submit("modules")])
     assert environment.value == {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TPU_VISIBLE_CHIPS": ""}
     assert modules.value == ["sympy", "wave"]  # of the server and preloaded; no jax
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_worker_that_imports_jax_has_no_libtpu_and_no_warning_of_it(pool, monkeypatch):
+    """A script that imports jax is imported by every worker, and each warned of a path that the user had not set."""
+    from jax._src import cloud_tpu_init  # not above, because workers import this file
+
+    (found,) = settle([pool.submit("variable", "TPU_LIBRARY_PATH")])
+    monkeypatch.setenv("TPU_LIBRARY_PATH", found.value)
+    assert cloud_tpu_init.get_tpu_library_path() == found.value  # and not the installed one
+    with pytest.raises(OSError):
+        ctypes.CDLL(found.value)
 
 
 @pytest.mark.slow
