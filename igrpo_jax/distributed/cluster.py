@@ -13,7 +13,7 @@ tells the others which phase it is in (`peers`), through the key-value store of 
    named with the phase it was in last, and the others end with peers.LOST. Without this they would wait for ever.
 3. The end of process 0 is noticed at once: JAX itself then ends all others, and is delayed until they have said why.
 4. A notice of preemption to one process is a notice to all (`preemption`).
-5. No process leaves the block before all have come to its end.
+5. No process leaves the block before all have come to its end and still live. After it they are parted.
 
 An error that JAX raises may follow from the end of another process. The process that gets it waits until it is known
 whether another one is missing.
@@ -271,11 +271,14 @@ def joined(settings: ClusterConfig, address: Mapping[str, Any]) -> Iterator[None
         return
     peers = Peers(settings.silence)
     try:
-        _check_devices([device.process_index for device in jax.devices()])
-        yield
+        try:
+            _check_devices([device.process_index for device in jax.devices()])
+            yield
+        except preemption.Preempted:
+            peers.wait_for_end()
+            raise
         peers.wait_for_end()
     except preemption.Preempted:
-        peers.wait_for_end()
         raise
     except BaseException as error:
         peers.fail(error)

@@ -57,19 +57,28 @@ class Peers:
             thread.start()
 
     def wait_for_end(self) -> None:
-        """Waits until all processes have come here; after that, none takes the end of another for a failure."""
+        """Waits until all processes have come here, and parts from them; after that, the end of one is no failure."""
         self._client.wait_at_barrier("igrpo_jax/end", FOREVER)
-        self._done.set()
+        # One that was killed while it waited has come too. Here it is missing, and `_look` finds it.
         self._client.wait_at_barrier("igrpo_jax/done", FOREVER)
+        self._stop()
+        # Process 0 keeps the store until this has reached each of the others, and none of them aborts when it ends.
+        jax.distributed.shutdown()
 
     def close(self) -> None:
+        """Ends the threads, and no longer delays an abort."""
+        self._stop()
+        abort.restore_abort(self._abort_handler)
+
+    def _stop(self) -> None:
         """Ends the threads."""
+        if self._done.is_set():
+            return
         self._done.set()
         if self._process == 0:
-            self._publish(0, "")  # where nothing was published before: the others then stop listening
+            self._publish(0, "")  # where nothing was published before: all then stop listening
         for thread in self._threads:
             thread.join(2 * _INTERVAL)  # a thread that asks a process 0 which is gone gets no answer
-        abort.restore_abort(self._abort_handler)
 
     def fail(self, error: BaseException) -> None:
         """Tells the others why this process ends. Does not return where another process is the reason."""
@@ -159,7 +168,7 @@ class Peers:
                     return
                 if "DEADLINE_EXCEEDED" not in str(error):
                     self._end_without_first()
-        if not self._done.is_set():
+        if over["text"] and not self._done.is_set():  # without a text, all are done
             self._follow(over)
 
     def _follow(self, over: Mapping[str, Any]) -> None:
@@ -177,6 +186,8 @@ class Peers:
         return f"it was in {self._heard[process][1] or 'no phase of a run'}"
 
     def _end(self, text: str, code: int) -> NoReturn:
+        if self._done.is_set():  # meanwhile
+            sys.exit()  # of this thread only
         self._ending.acquire()  # never released: the first text is the one that is printed
         say(f"{text}. This process ends too; the same command on all resumes from what was saved")
         os._exit(code)

@@ -310,13 +310,13 @@ def test_a_group_of_devices_may_span_processes():
 
 
 DRIVER = """
-import os, signal, sys, tempfile, time
+import os, signal, sys, tempfile, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import jax
 from igrpo_jax import config
 from igrpo_jax.cli import exits, parsing
-from igrpo_jax.distributed import chips, cluster, disk_cache, preemption, watchdog
+from igrpo_jax.distributed import abort, chips, cluster, disk_cache, peers, preemption, watchdog
 from igrpo_jax.errors import InputError, RunError
 
 def main(argv):
@@ -372,6 +372,18 @@ NOTICED = """
                 preemption.check()
                 time.sleep(0.1)
 """
+KILLED_AT_THE_END = """
+        if own == 0:
+            time.sleep(3)  # as the end of a tracker may take
+        if own == 1:  # while it waits for process 0
+            threading.Timer(1, os.kill, [os.getpid(), signal.SIGKILL]).start()
+"""
+HELD_UP = """
+        def late(function):
+            return lambda argument: (time.sleep(own), function(argument), time.sleep(2 * own))
+        peers.Peers._stop, abort.restore_abort = late(peers.Peers._stop), late(abort.restore_abort)
+        raise preemption.Preempted
+"""
 
 
 def driven(body: str, count: int, of: int | None = None, start_timeout: int = 60) -> list[Started]:
@@ -386,6 +398,7 @@ def failures():
     """What several small groups of processes said, all at the same time."""
     bodies = {"error": (AGREE, 2), "facts": (OTHERS, 2), "notice": (NOTICED, 2)}
     bodies |= {"first": (KILLED.replace("VICTIM", "0"), 2), "second": (KILLED.replace("VICTIM", "1"), 3)}
+    bodies |= {"end": (KILLED_AT_THE_END, 3), "late": (HELD_UP, 2)}
     groups = {name: driven(*body) for name, body in bodies.items()}
     groups["alone"] = driven("pass", 1, of=2, start_timeout=3)
     began = time.monotonic()
@@ -422,15 +435,25 @@ def test_a_notice_to_one_is_one_to_all(failures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, victim", [("first", 0), ("second", 1)])
-def test_a_killed_process_is_named_by_the_others(failures, name, victim):
+@pytest.mark.parametrize(
+    "name, victim, phase",
+    [("first", 0, "rollout (step 0)"), ("second", 1, "rollout (step 1)"), ("end", 1, "no phase of a run")],
+)
+def test_a_killed_process_is_named_by_the_others(failures, name, victim, phase):
     processes = failures[name]
     assert processes[victim][0] == -signal.SIGKILL
     for own, (code, said) in enumerate(processes):
         if own != victim:
             assert code == peers.LOST, said
             last = said.strip().splitlines()[-1]
-            assert f"error: process {victim} (" in last and f"it was in rollout (step {victim})" in last
+            assert f"error: process {victim} (" in last and f"it was in {phase}" in last
+
+
+@pytest.mark.slow
+def test_a_process_that_is_held_up_at_the_end_ends_as_the_others_do(failures):
+    """Process 0, which is ready to end, keeps what JAX needs to end the others without an abort."""
+    assert [code for code, _ in failures["late"]] == [75, 75], failures["late"]
+    assert all(said.endswith("the same command resumes from there\n") for _, said in failures["late"])
 
 
 @pytest.mark.slow
