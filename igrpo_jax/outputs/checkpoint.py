@@ -27,7 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from igrpo_jax.config import CheckpointConfig
 from igrpo_jax.distributed import cluster, watchdog
-from igrpo_jax.errors import InputError, RunError, both_ends, named, one_line
+from igrpo_jax.errors import InputError, RunError, both_ends, one_line
 from igrpo_jax.outputs.checkpoint_mirror import WRITTEN, Mirror, read_copy
 from igrpo_jax.outputs.checksums import Damaged, check, fingerprint, is_of_storage, named_leaves
 from igrpo_jax.outputs.workdir import DAMAGED, is_mirrored
@@ -45,8 +45,10 @@ def best_of(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
     return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
 
 
-def _described(error: Exception) -> str:
-    """Returns the kind of an error and both ends of its message."""
+def _described(error: BaseException) -> str:
+    """Returns the kind of an error and both ends of its message; of tensorstore's, which names files, for orbax's."""
+    while type(error) is Exception and error.__cause__ is not None:
+        error = error.__cause__
     return both_ends(one_line(f"{type(error).__name__}: {error}"))
 
 
@@ -176,8 +178,8 @@ class Checkpointer:
 
         Raises:
             InputError: there is no checkpoint, or the bucket cannot be read.
-            RunError: no checkpoint can be used; the disk or the bucket fails, which says nothing about the checkpoint;
-                or, with several processes, one of them cannot be read.
+            RunError: no checkpoint can be used; or the disk or the bucket fails, which says nothing about the
+                checkpoint.
         """
         self.wait()
         cluster.from_first(lambda: None)  # process 0 is the last to complete a checkpoint
@@ -194,7 +196,7 @@ class Checkpointer:
             except (InputError, RunError):  # which say nothing about the checkpoint
                 raise
             except Exception as error:
-                failed[step] = named(error)
+                failed[step] = _described(error)
         else:
             raise RunError(f"{self._path}: no checkpoint can be read; step {steps[0]}: {failed[steps[0]]}")
         for bad, reason in failed.items():
@@ -206,18 +208,16 @@ class Checkpointer:
         """Returns state and meta of a checkpoint, which is read again where the first time fails.
 
         Raises the second error where both are those of a damaged checkpoint. All processes decide alike: they compare
-        the same checksums, and after any other error of one of them none goes on.
+        the same checksums, and what one of them cannot read fails in all (`_read_items`).
 
         Raises:
-            RunError: the disk or the bucket failed; or, with several processes, one of them cannot read its part.
+            RunError: the disk or the bucket failed.
         """
         try:
             return self._read(step, abstract_state)
         except InputError:  # the bucket cannot be read
             raise
         except Exception as error:  # what orbax raises depends on which byte of which file is wrong
-            if jax.process_count() > 1 and not isinstance(error, Damaged):
-                raise self._unreadable(step, error) from error
             may_pass, told = is_of_storage(error), _described(error)
         # The first error is gone by now: its traceback holds a whole state, and there may be no room for two.
         logging.warning("%s: can't be read (%s); reading it again in %g s", self._path / str(step), told, PAUSE)
@@ -227,16 +227,12 @@ class Checkpointer:
         except InputError:
             raise
         except Exception as error:
-            is_seen_by_all = jax.process_count() == 1 or isinstance(error, Damaged)
-            if may_pass or is_of_storage(error) or not is_seen_by_all:
-                raise self._unreadable(step, error) from error
-            raise
-
-    def _unreadable(self, step: int, error: Exception) -> RunError:
-        return RunError(
-            f"{self._path / str(step)}: can't be read ({_described(error)}), which need not be damage; nothing was "
-            "changed: run the same command again, or move the folder away, to resume from the previous checkpoint"
-        )
+            if not may_pass and not is_of_storage(error):
+                raise
+            raise RunError(
+                f"{self._path / str(step)}: can't be read ({_described(error)}), which need not be damage; nothing was "
+                "changed: run the same command again, or move the folder away, to resume from the previous checkpoint"
+            ) from error
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         read = functools.partial(self._read_folder, step, abstract_state)
@@ -244,10 +240,30 @@ class Checkpointer:
 
     def _read_folder(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
+        restored = self._read_items(step, items)
         meta = dict(restored["meta"])
         check(restored["state"], meta.pop("checksums"))
         return restored["state"], meta
+
+    def _read_items(self, step: int, items: ocp.args.Composite) -> Any:
+        """Returns what orbax reads of a checkpoint, once every process has read its part.
+
+        Raises:
+            Damaged: one of several processes cannot read its part, and for none of them the disk or the bucket failed.
+            OSError: it failed for one of several processes. A single one raises what orbax raises.
+        """
+        told = None
+        try:  # not by the manager, with which each process would wait in vain for one that cannot read its part
+            restored = ocp.CompositeCheckpointHandler().restore(self._folder / str(step), args=items)
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            told = is_of_storage(error), _described(error)
+        failures = [(*told, process) for process, told in enumerate(cluster.share(told)) if told]
+        if not failures:
+            return restored
+        may_pass, text, process = max(failures, key=lambda failure: failure[0])
+        raise (OSError if may_pass else Damaged)(f"process {process}: {text}")
 
     def _set_aside(self, step: int) -> None:
         def move() -> None:

@@ -24,14 +24,17 @@ class Damaged(Exception):
     """A checkpoint does not hold what was saved. The message names the array."""
 
 
-def is_of_storage(error: Exception) -> bool:
-    """Returns whether an error of a read says that the disk or the bucket failed, and not that a file is damaged."""
+def is_of_storage(error: BaseException) -> bool:
+    """Returns whether an error of a read says that the disk or the bucket failed, and not that a file is damaged.
+
+    Orbax raises some errors of tensorstore as the cause of one of its own, which says nothing about that.
+    """
     if isinstance(error, failures()):
         return getattr(error, "errno", None) not in _MISSING and not isinstance(error, FileNotFoundError)
     number = re.search(r"\bOS error (\d+)", str(error))
     if number:
         return int(number[1]) not in _MISSING
-    return bool(_SERVICE.match(str(error)))
+    return bool(_SERVICE.match(str(error))) or (error.__cause__ is not None and is_of_storage(error.__cause__))
 
 
 @functools.cache

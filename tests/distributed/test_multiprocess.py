@@ -384,6 +384,24 @@ HELD_UP = """
         peers.Peers._stop, abort.restore_abort = late(peers.Peers._stop), late(abort.restore_abort)
         raise preemption.Preempted
 """
+DAMAGED = """
+        import numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec
+        from igrpo_jax.outputs import checkpoint
+        parts = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
+        numbers = np.random.default_rng(0).random(1 << 16, np.float32)
+        state = {"x": jax.make_array_from_callback(numbers.shape, parts, lambda index: numbers[index])}
+        with checkpoint.Checkpointer(Path("FOLDER"), config.CheckpointConfig(every=1, keep=2)) as store:
+            for step in (1, 2):
+                store.save(step, state, {})
+            store.wait()
+            if own == 0:
+                files = Path("FOLDER").glob("checkpoints/2/state/ocdbt.process_1/d/*")
+                os.truncate(max(files, key=lambda path: path.stat().st_size), 100)
+            cluster.from_first(lambda: None)
+            abstract = {"x": jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=parts)}
+            print("restored step", store.restore(abstract)[0], flush=True)
+"""
 
 
 def driven(body: str, count: int, of: int | None = None, start_timeout: int = 60) -> list[Started]:
@@ -394,11 +412,12 @@ def driven(body: str, count: int, of: int | None = None, start_timeout: int = 60
 
 
 @pytest.fixture(scope="module")
-def failures():
+def failures(tmp_path_factory):
     """What several small groups of processes said, all at the same time."""
     bodies = {"error": (AGREE, 2), "facts": (OTHERS, 2), "notice": (NOTICED, 2)}
     bodies |= {"first": (KILLED.replace("VICTIM", "0"), 2), "second": (KILLED.replace("VICTIM", "1"), 3)}
     bodies |= {"end": (KILLED_AT_THE_END, 3), "late": (HELD_UP, 2)}
+    bodies["damaged"] = DAMAGED.replace("FOLDER", str(tmp_path_factory.mktemp("damaged"))), 2
     groups = {name: driven(*body) for name, body in bodies.items()}
     groups["alone"] = driven("pass", 1, of=2, start_timeout=3)
     began = time.monotonic()
@@ -454,6 +473,13 @@ def test_a_process_that_is_held_up_at_the_end_ends_as_the_others_do(failures):
     """Process 0, which is ready to end, keeps what JAX needs to end the others without an abort."""
     assert [code for code, _ in failures["late"]] == [75, 75], failures["late"]
     assert all(said.endswith("the same command resumes from there\n") for _, said in failures["late"])
+
+
+@pytest.mark.slow
+def test_all_set_a_checkpoint_aside_of_which_one_cannot_read_its_part(failures):
+    for code, said in failures["damaged"]:
+        assert code == 0 and said.count("restored step 1") == 1, said
+        assert "step 2 skipped, moved to damaged_checkpoints: Damaged: process 1: ValueError: OUT_OF_RANGE: " in said
 
 
 @pytest.mark.slow

@@ -334,11 +334,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
         assert store.restore(abstract_on(mesh))[0] == 2
 
 
+def wrapped(error):
+    """As orbax wraps an error of tensorstore."""
+    outer = Exception("Encountered error while reading array index: x. See full TensorStore details: y.")
+    outer.__cause__ = error
+    return outer
+
+
 PASSING = {
     "disk": OSError(errno.EIO, "Input/output error"),
     "files": OSError(errno.EMFILE, "Too many open files"),
     "nfs": ValueError('UNKNOWN: Error opening "zarr" driver: x [OS error 116: ESTALE Stale file handle]'),
     "gs": ValueError('UNAVAILABLE: Error reading "x": HTTP response code: 503'),
+    "in orbax": wrapped(ValueError('UNAVAILABLE: Error reading "x": HTTP response code: 503')),
 }
 
 
@@ -354,14 +362,15 @@ def test_an_error_of_the_disk_sets_no_checkpoint_aside(tmp_path, monkeypatch, er
             store.save(step, state, {"step": step})
     second = {1: [], 2: [error], "then damage": [checksums.Damaged("x is not as it was saved")]}[times]
     with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
-        read, left = store._manager.restore, [error, *second]
+        handler, left = checkpoint.ocp.CompositeCheckpointHandler, [error, *second]
+        read = handler.restore
 
-        def failing(step, **given):
+        def failing(*given, **named):
             if left:
                 raise left.pop(0)
-            return read(step, **given)
+            return read(*given, **named)
 
-        monkeypatch.setattr(store._manager, "restore", failing)
+        monkeypatch.setattr(handler, "restore", failing)
         if times == 1:
             assert store.restore(abstract)[0] == 2 and "reading it again in 0 s" in caplog.text
         else:
@@ -371,6 +380,26 @@ def test_an_error_of_the_disk_sets_no_checkpoint_aside(tmp_path, monkeypatch, er
                 store.restore(abstract)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "2"]
     assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+@pytest.mark.parametrize("may_pass", [False, True])
+def test_what_another_process_cannot_read_fails_in_all(tmp_path, monkeypatch, caplog, may_pass):
+    """Here process 1, in both of its reads of step 2; `test_multiprocess` has one that really cannot."""
+    mesh = mesh_of(1, jax.device_count(), 1)
+    with checkpoint.Checkpointer(tmp_path, EVERY_STEP) as store:
+        for step in (1, 2):
+            store.save(step, state_on(mesh, 0), {"step": step})
+        theirs = [[may_pass, "ValueError: x"], [False, "ValueError: x"]]
+        monkeypatch.setattr(checkpoint.cluster, "share", lambda mine: [mine, theirs.pop(0) if theirs else None])
+        if may_pass:
+            with pytest.raises(
+                RunError, match=r"/2: can't be read \(Damaged: process 1: ValueError: x\), which need not"
+            ):
+                store.restore(abstract_on(mesh))
+        else:
+            assert store.restore(abstract_on(mesh))[0] == 1
+            assert "step 2 skipped, moved to damaged_checkpoints: Damaged: process 1: ValueError: x" in caplog.text
+    assert (tmp_path / "damaged_checkpoints").exists() != may_pass
 
 
 def test_a_read_that_fails_leaves_no_state_behind(tmp_path, monkeypatch):
@@ -401,7 +430,7 @@ def test_damage_that_tensorstore_reports_is_none_of_the_disk():
     missing = ValueError("NOT_FOUND: Error reading [OS error 2: ENOENT No such file or directory]")
     short = ValueError("OUT_OF_RANGE: Requested byte range [0, 204) is not valid for value of size 50")
     damage = [missing, short, FileNotFoundError("x"), NotADirectoryError(errno.ENOTDIR, "x"), KeyError("x")]
-    assert not any(map(checksums.is_of_storage, damage))
+    assert not any(map(checksums.is_of_storage, damage + [wrapped(error) for error in damage]))
 
 
 def test_where_none_can_be_used_all_stay(tmp_path):
