@@ -198,6 +198,9 @@ PROBED = {
     "rare": ("lookups", "look-ups, rare"),
     "ignoring": ("lookups", "look-ups, ignores drafts"),
     "critiqued": ("critique", "look-ups, hears a critique of drafts"),
+    "x60": ("between", "look-ups, x60"),
+    "x23": ("between", "look-ups, x23"),
+    "x8": ("between", "look-ups, x8"),
 }
 
 
@@ -245,7 +248,7 @@ def real_table() -> str:
 
 def conclusion_table() -> str:
     """Returns the answers of a probe, and where each is given."""
-    failed = "; the study's one such start lost, [the prediction that failed](#the-prediction-that-failed)"
+    failed = "; the study's three such starts lost, [the prediction that failed](#the-prediction-that-failed)"
     return table(("conclusion", "where"), (ANSWERS | {MORE_AND_GRPO: ANSWERS[MORE_AND_GRPO] + failed}).items())
 
 

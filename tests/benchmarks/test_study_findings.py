@@ -67,7 +67,7 @@ def test_the_first_steps_are_those_of_drafts_and_of_plain_completions():
     assert study_findings.first_steps(results(dense_igrpo=drafts)) == ""
 
 
-@pytest.mark.parametrize("study", ["arithmetic", "lookups", "second_start"])
+@pytest.mark.parametrize("study", ["arithmetic", "lookups", "second_start", "between"])
 def test_the_tables_are_those_of_the_results(study):
     found = json.loads((STUDY / study / "results.json").read_text(encoding="utf-8"))
     assert study_report.tables(found) == (STUDY / study / "tables.md").read_text(encoding="utf-8")
