@@ -82,7 +82,8 @@ def _end_interrupted(error: BaseException) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends exit handlers that wait
     # A run has noted what it has saved, and where.
     code = _said(f"interrupted; {'; '.join(_notes(error)) or GOES_ON}", 130)
-    if isinstance(error.__context__, KeyboardInterrupt):  # this is the second, during the clean-up of the first
+    is_second = isinstance(error, KeyboardInterrupt) and isinstance(error.__context__, KeyboardInterrupt)
+    if is_second:  # during the clean-up of the first
         os._exit(code)
     _exit(code)
 

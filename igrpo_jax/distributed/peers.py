@@ -58,6 +58,7 @@ class Peers:
 
     def wait_for_end(self) -> None:
         """Waits until all processes have come here, and parts from them; after that, the end of one is no failure."""
+        preemption.stay()
         self._client.wait_at_barrier("igrpo_jax/end", FOREVER)
         # One that was killed while it waited has come too. Here it is missing, and `_look` finds it.
         self._client.wait_at_barrier("igrpo_jax/done", FOREVER)

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command resumes from where this one was
 
 _notice = threading.Event()
+_staying = threading.Event()  # this process is done, and waits for the others
+_ending = threading.Lock()
 _timers: list[threading.Timer] = []  # what ends the process after the grace
 
 
@@ -65,7 +67,7 @@ def listen() -> None:
     """
     incoming, outgoing = os.pipe()
     os.set_blocking(outgoing, False)
-    signal.signal(signal.SIGTERM, lambda *_: _end())
+    signal.signal(signal.SIGTERM, lambda *_: notice("SIGTERM") if _timers else _end())
     signal.set_wakeup_fd(outgoing, warn_on_full_buffer=False)  # gets the number of every signal
     threading.Thread(target=_listen, args=(incoming,), name="sigterm", daemon=True).start()
 
@@ -76,11 +78,21 @@ def _listen(incoming: int) -> None:
             _end()
 
 
+def stay() -> None:
+    """From now on a SIGTERM is a notice for the other processes alone, whose end this one waits for."""
+    _staying.set()
+
+
 def _end() -> None:
-    """Ends the process, unless it is within `noticed` or ends because of a notice already."""
-    if not _timers and not _notice.is_set():
+    """Ends the process, unless it is within `noticed`, waits for others, or ends because of a notice already."""
+    if _timers or _notice.is_set() or not _ending.acquire(blocking=False):  # the lock: only one thread writes
+        return
+    if not _staying.is_set():
         os.write(2, b"igrpo_jax: SIGTERM: ended, with nothing new to save; the same command resumes\n")
         os._exit(EXIT_CODE)
+    _notice.set()
+    os.write(2, b"igrpo_jax: SIGTERM: told the other processes, which this one waits for\n")
+    _ending.release()
 
 
 @contextlib.contextmanager

@@ -121,6 +121,7 @@ from igrpo_jax.cli import exits
 
 def command(_):
     {}
+    print("begun")
     try:
         signal.raise_signal(signal.SIGINT)
     except KeyboardInterrupt:
@@ -135,6 +136,7 @@ def test_ctrl_c_while_c_code_imports_is_no_failed_import(first, code):
     """An import that fails by itself still is one."""
     done = subprocess.run([sys.executable, "-c", IMPORTED.format(first)], capture_output=True, text=True, timeout=25)
     assert done.returncode == code and ("Traceback" in done.stderr) == (code == 1)
+    assert done.stdout == "begun\n" * (code == 130)  # which a pipe gets at the end alone
     assert code == 1 or done.stderr.startswith("igrpo_jax: interrupted;")
 
 

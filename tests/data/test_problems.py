@@ -289,6 +289,9 @@ def test_problems_without_answers_need_rewards_that_read_none(tmp_path, rewards,
     assert [(row.question[:24], row.answer) for row in asked] == [("2 + 2?\n\nA) 3\nB) 4\n\nThe f", "")] * 2
     assert "no column 'answer'" in error_of(lambda: found(answer_column="answer"))  # a named one must be there
     assert "no column 'answer'" in error_of(problems.load_rows, data)  # SFT states answers
+    write(tmp_path / "x.jsonl", [{"prompt": question, "answer": blank} for blank in (None, "", " ")])
+    assert [row.answer for row in found(clean=False).rows] == [""] * 3  # a blank column is none
+    assert "a blank 'answer'" in error_of(lambda: found(answer_column="answer", clean=False))
     write(tmp_path / "x.jsonl", [{"prompt": question, "options": "3, 4"}])
     assert "clear what they are in 1 of 1 rows: row 1; write them" in error_of(lambda: found(prompt_column=""))
 

@@ -77,6 +77,12 @@ def waits_in_c(_):
 def starts(_):
     kill()
 
+def waits_for_others(_):
+    preemption.stay()
+    kill()
+    preemption.is_told() and print("told")
+    raise preemption.Preempted("step 3 is saved")
+
 def ends(_):
     with preemption.noticed(60):
         kill()
@@ -96,6 +102,7 @@ exits.run({}, resumes={})
         ("waits_in_c", "SIGTERM: ended, with nothing new to save; the same command resumes"),
         ("starts", "SIGTERM: ended, with nothing new to save; the same command resumes"),
         ("ends", "step 3 is saved; the same command resumes from there"),
+        ("waits_for_others", "step 3 is saved; the same command resumes from there"),
     ],
 )
 def test_a_command_that_resumes_says_so_from_its_first_line_to_its_last(command, line):
@@ -104,5 +111,6 @@ def test_a_command_that_resumes_says_so_from_its_first_line_to_its_last(command,
         [sys.executable, "-c", OUTSIDE.format(command, resumes)], capture_output=True, text=True, timeout=60
     )
     done = run(True)
-    assert done.returncode == 75 and done.stderr.splitlines()[-1] == f"igrpo_jax: {line}", done.stderr
+    lines = done.stderr.splitlines()
+    assert done.returncode == 75 and lines[-1] == f"igrpo_jax: {line}" and lines.count(lines[-1]) == 1, done.stderr
     assert run(False).returncode == -signal.SIGTERM

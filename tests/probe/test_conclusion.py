@@ -197,7 +197,10 @@ def test_more_signal_at_the_first_step_is_no_promise_where_grpo_takes_off():
     assert {each.tone for each in found.values()} == {""}
     many = "-44.9 ± 2.6 at 19.5, -50.7 ± 1.6 at 52.3 and -52.7 ± 1.5 at 168 points against GRPO"
     assert f"enough to take off by itself: in the study iGRPO ended at {many}" in large
-    assert "may be enough to take off by itself: in the study all runs did from 19.5 on, and not all at 6.4" in between
+    assert (
+        "may be enough to take off by itself: in the study all runs of GRPO (8) did from 19.5 on, and not all at 6.4"
+        in between
+    )
     few = "+3.5 ± 2.5 at 0.4, +8.0 ± 26.4 at 2.3, -52.1 ± 27.8 at 2.5 and -20.3 ± 15.9 at 6.4 points against GRPO"
     assert f"hardly any to learn from: in the study iGRPO ended at {few}" in small
     assert all("learnt after drafts need not reach the plain prompt" in text for text in (large, between, small))

@@ -34,7 +34,7 @@ _PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _BEGINNING = re.compile(_VALUE)
-_PART_OF_SENTENCE = re.compile(r"[^.!?,;:\n]*$")
+_PART_OF_SENTENCE = re.compile(r"[^.!?,;:\n]*\Z")
 _LIST = re.compile(r"[\s*]*1[.)]\s+[A-Z]")  # "Answer:", and then a numbered list
 
 _IN_TEXT_IS = re.compile(r"\\(?:text|textrm|mbox)\s?\{\s*([^{}]*\s(?:is|are|equals))\s*\}\s*(?=\S)")

@@ -45,7 +45,8 @@ _IS = re.compile(r"\s(?:is|are|equals)\s(?!not\b)")
 _MORE_SAID = re.compile(
     r"[;?]|\sand\s|\b(?:is|are|equals|was|were)\b.*\b(?:is|are|equals|was|were)\b"
     r"|\b(?:neither|nor|none|no|nothing|never|not|without|except|what|which|how)\b"
-    r"|\b(?:half|third|quarter|twice|double)\b",
+    r"|\b(?:half|halves|thirds?|quarters?|twice|double|plus|minus)\b"
+    r"|\b(?:thought|said|says|claim(?:s|ed)?|previously|perhaps|maybe|possibly|supposedly|seem(?:s|ed)?)\b",
     re.IGNORECASE,
 )
 _NO_SUBJECT = re.compile(r"[\d$\\]|\b[B-J]\b|\bA\b(?!\s+[a-z])")  # 18 is the total, (A) is 5: not before "is"

@@ -53,6 +53,7 @@ _SHORT_UNITS = "cm mm km ft in kg lb oz ml mi hr yd sq cu"  # units of two lette
 _BARE_UNITS = frozenset(_SHORT_UNITS.split())
 _QUOTIENT = re.compile(r"[mg]/(?:s|h|min|l|ml|L|mL|m|cm|mol)(?:\^.*)?")
 _PER = ("per ", "a ", "an ", "/ ")
+_VOWEL = re.compile(r"[aeiouy]", re.IGNORECASE)
 _ORDINALS = frozenset(("st", "nd", "rd", "th"))
 # Of "5 more minutes": it leaves a whole number of counted things as it is. "1/2 more" and "2 more times" are factors.
 _MORE = re.compile(r"^more\s+(?!/|(?:times|an?|per)\b)", re.IGNORECASE)
@@ -104,7 +105,10 @@ def _without_article(runs: list[str]) -> list[str]:
     """Returns "an ellipse" as "ellipse". A B, "the BC" and "a third" stay: they may be letters, names and numbers."""
     if len(runs) < 2 or runs[0].casefold() not in ("a", "an", "the"):
         return runs
-    is_noun = len(runs[1]) > 2 and not runs[1].isupper() and runs[1].casefold() not in units.BLOCKED
+    # "a xyz" and "a mgh" are products.
+    least = 3 if runs[0].casefold() == "the" else 5
+    is_noun = len(runs[1]) >= least and _VOWEL.search(runs[1]) and not runs[1].isupper()
+    is_noun = is_noun and runs[1].casefold() not in units.BLOCKED
     return runs[1:] if is_noun else runs
 
 
