@@ -198,7 +198,7 @@ def test_a_quota_that_is_full_names_the_file_and_loses_nothing(folder, bucket, m
     lines.close()
 
 
-@pytest.mark.slow(seconds=5)
+@pytest.mark.slow(seconds=9)
 @pytest.mark.parametrize(
     ("way", "request_path"),
     [
@@ -209,7 +209,7 @@ def test_a_quota_that_is_full_names_the_file_and_loses_nothing(folder, bucket, m
 def test_a_kill_in_the_middle_of_an_upload_leaves_the_old_file(folder, bucket, tmp_path, way, request_path):
     """The service has read half of the body, and the rest is more than the system keeps for a process that is gone."""
     write_text(folder / "metrics.jsonl", "old\n")
-    bucket.fault(seconds=2.0, path=request_path, times=1)
+    bucket.fault(seconds=6.0, path=request_path, times=1)  # in which a busy machine must get to the kill
     code = f"""
 from pathlib import Path
 from igrpo_jax.storage.addresses import path_of
