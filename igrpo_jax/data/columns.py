@@ -59,7 +59,7 @@ def choose(
         source: what the error names.
         fix: what the error advises; `{}` stands for the name of the setting, without its section.
         answer_readers: what would have to be set so that rewards need no answers; where that is nothing, a table
-            may have none. None = answers are needed in any case.
+            may have none, or a blank column that is found by name. None = answers are needed in any case.
 
     Raises:
         InputError: there is no such column, and the message lists those that exist; or one column is both, and holds
@@ -68,10 +68,11 @@ def choose(
     question_column, names = choose_prompt(table, prompt, source, fix), _names(table)
     known = tuple(name for name in ANSWERS if name != question_column)
     is_chat = lambda: _has_replies(table, question_column)
+    needs_answers = answer_readers is None or bool(answer_readers)
     if not answer and not any(name in names for name in known):
         if is_chat():
             return Mapping(question_column, question_column)
-        if answer_readers is not None and not answer_readers:
+        if not needs_answers:
             return Mapping(question_column, "")
     fix = fix.format("answer_column")
     if answer_readers:
@@ -82,7 +83,14 @@ def choose(
         raise InputError(
             f"{source}: question and answer are both column {answer_column!r}, so the question shows its answer ({fix})"
         )
+    if not answer and not needs_answers and _is_blank_throughout(table, answer_column):
+        return Mapping(question_column, "")
     return Mapping(question_column, answer_column)
+
+
+def _is_blank_throughout(table: Table, name: str) -> bool:
+    """Returns whether a column of answers has none."""
+    return all(is_blank(answer, cell(cells, name)) for _, cells in table)
 
 
 def choose_prompt(table: Table, prompt: str, source: str, fix: str = FIX) -> str:

@@ -188,12 +188,8 @@ def load_rows(
     _check_not_empty(table, source)
     mapping = columns.choose(table, prompt, answer, source, answer_readers=answer_readers)
     notes = []
-    answered = table
-    if mapping.answer:
+    if settings.clean and mapping.answer:
         answered = [row for row in table if not columns.is_blank(columns.answer, columns.cell(row[1], mapping.answer))]
-    if not answered and not answer and answer_readers is not None and not answer_readers:
-        mapping = columns.Mapping(mapping.prompt, "")  # as if the blank column were not there
-    elif settings.clean:
         if not answered:
             raise InputError(f"{source}: none of its {len(table)} rows has a {mapping.answer!r}; name another column")
         if unanswered := len(table) - len(answered):
