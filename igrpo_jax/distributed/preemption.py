@@ -22,7 +22,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL: the same command resumes from where this one was
 
 _notice = threading.Event()
 _staying = threading.Event()  # this process is done, and waits for the others
-_ending = threading.Lock()
+_ending = threading.RLock()  # a signal may come while the main thread holds it
 _timers: list[threading.Timer] = []  # what ends the process after the grace
 
 
@@ -85,14 +85,16 @@ def stay() -> None:
 
 def _end() -> None:
     """Ends the process, unless it is within `noticed`, waits for others, or ends because of a notice already."""
-    if _timers or _notice.is_set() or not _ending.acquire(blocking=False):  # the lock: only one thread writes
-        return
-    if not _staying.is_set():
-        os.write(2, b"igrpo_jax: SIGTERM: ended, with nothing new to save; the same command resumes\n")
-        os._exit(EXIT_CODE)
-    _notice.set()
-    os.write(2, b"igrpo_jax: SIGTERM: told the other processes, which this one waits for\n")
-    _ending.release()
+    # The main thread and the one that listens both come here. The second waits for the first: a main thread that went on
+    # could end the process with another code.
+    with _ending:
+        if _timers or _notice.is_set():
+            return
+        if not _staying.is_set():
+            os.write(2, b"igrpo_jax: SIGTERM: ended, with nothing new to save; the same command resumes\n")
+            os._exit(EXIT_CODE)
+        _notice.set()
+        os.write(2, b"igrpo_jax: SIGTERM: told the other processes, which this one waits for\n")
 
 
 @contextlib.contextmanager
