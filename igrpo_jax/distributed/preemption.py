@@ -85,8 +85,8 @@ def stay() -> None:
 
 def _end() -> None:
     """Ends the process, unless it is within `noticed`, waits for others, or ends because of a notice already."""
-    # The main thread and the one that listens both come here. The second waits for the first: a main thread that went on
-    # could end the process with another code.
+    # The main thread and the one that listens both come here. The second waits for the first, since a main thread that
+    # goes on can end the process with another code.
     with _ending:
         if _timers or _notice.is_set():
             return
