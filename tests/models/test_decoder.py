@@ -246,7 +246,6 @@ def test_no_product_of_logits_is_rounded_to_bfloat16(params):
     weights = {"embedding": embedding, "lm_head": embedding.T}
     exact = np.asarray(rows, np.float64) @ np.asarray(embedding, np.float64).T
     for product in (
-        lambda rows: decoder._logits_embedding_first(rows, embedding),
         lambda rows: decoder._logits_hidden_first(rows, embedding),
         lambda rows: decoder.logits(TINY, weights, rows),
         lambda rows: decoder.logits(dataclasses.replace(TINY, tie_embeddings=False), weights, rows),
