@@ -468,7 +468,7 @@ class RewardsConfig:
     # that imports PyTorch or loads a model may need more.
     memory_gib: Annotated[float, Between(1, 2**20)] = 4.0
     # Fraction of a step's gradings that may fail, time out or have no verdict before the run stops. A completion has no
-    # verdict if the judge gave none, or if every reward function returned None.
+    # verdict if the judge gave none, or if every reward function whose weight is not 0 returned None.
     max_error_fraction: Annotated[float, Between(0, 1)] = 0.5
 
     @property

@@ -118,7 +118,7 @@ def resolve(config: AlgorithmConfig) -> ResolvedObjective:
     high = own.epsilon_high if config.epsilon is None else low
     high = high if config.epsilon_high is None else config.epsilon_high
     delta = math.inf if config.delta is None else config.delta
-    if delta <= 1 + high:
+    if config.delta is not None and delta <= 1 + high:
         raise InputError(f"config.algorithm.delta = {delta:g}: must be above 1 + epsilon_high = {1 + high:g}")
     return ResolvedObjective(
         functions=own,

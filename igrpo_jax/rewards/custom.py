@@ -233,12 +233,14 @@ def rehearse(
     batches: Sequence[Sequence[Candidate]],
     timeout: float,
     memory_gib: float | None = None,
+    max_steps: int = 0,
 ) -> list[list[list[float]]]:
     """Calls every function with every batch in its own worker, as a run does.
 
     Args:
         timeout: seconds that a function may take for each completion of a batch.
         memory_gib: address space that the worker may use, in GiB; None = no limit.
+        max_steps: number of updates of the run, for functions that ask.
 
     Returns:
         The values by function, batch and completion; NaN if a function gave None.
@@ -251,7 +253,7 @@ def rehearse(
     with (
         Pool(functions.call, workers=1, timeout=timeout, preload=preload, memory_gib=memory_gib) as pool,
         # Closed first, so that calls in progress when a function fails are neither repeated nor warned about.
-        contextlib.closing(CustomCalls(rewards, pool.submit, timeout, rehearses=True)) as calls,
+        contextlib.closing(CustomCalls(rewards, pool.submit, timeout, max_steps, rehearses=True)) as calls,
     ):
         submitted = []
         for candidates in batches:

@@ -208,9 +208,12 @@ class Verifier:
     def _graded_once(self, candidate: Candidate, rules: Rules) -> Future[Outcome]:
         """Returns a future of the outcome of a grading, one for all recent completions that must be graded alike.
 
-        Once a problem is learned, most samples of its group are the same text. A failure is not remembered.
+        Once a problem is learned, most samples of its group are the same text. A failure is not remembered. A worker is
+        given only what the outcome may depend on: no columns, and 0 as the number of the sample.
         """
-        key = (candidate.opening, candidate.text, candidate.answer, len(candidate.tokens), rules is self._rules)
+        candidate = replace(candidate, columns={}, sample_id=0)
+        read = (candidate.question, candidate.opening, candidate.text, candidate.answer, candidate.tokens.tobytes())
+        key = (read, rules is self._rules)
         with self._lock:
             graded = self._recent.pop(key, None)
             if graded is None or (graded.done() and graded.result().status != "ok"):

@@ -15,7 +15,9 @@ WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer
 OTHER_ANSWER = "0"  # what is stated in place of the right answer where there is none
 
 
-def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str) -> list[tuple[str, str]]:
+def rehearsed_rewards(
+    config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str, steps: int
+) -> list[tuple[str, str]]:
     """Calls custom rewards with a right and a wrong answer to each of the first two problems.
 
     Where the problems have no answers, both are made up.
@@ -25,6 +27,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
 
     Args:
         opening: how the chat template begins a reply.
+        steps: of the run, which functions may ask for.
 
     Returns:
         Name and values of each function, for the table that a run prints, with the first answer to the first problem
@@ -48,7 +51,7 @@ def rehearsed_rewards(config: Config, prompts: Sequence[Prompt], policy: Policy,
             ]
         )
     timeout = config.rewards.timeout * max(1, config.algorithm.num_generations // 2)
-    values = custom.rehearse(rewards, batches, timeout, config.rewards.memory_gib)
+    values = custom.rehearse(rewards, batches, timeout, config.rewards.memory_gib, steps)
     notes = []
     named = ("a right answer", "a wrong one") if prompts[0].answer else ("an answer", "another one")
     for reward, by_problem in zip(rewards, values, strict=True):

@@ -121,7 +121,9 @@ def open_inputs(config: Config, recorded_date: str | None = None) -> RunInputs:
     asked = problems.asked(held_out, config.evaluation.limit) if config.evaluation.every else {}
     evaluation_plan = planning.make_plan(config, asked, renderer, max_positions)
     check_best_metric(config, evaluation_plan)
-    notes = training.notes + rehearsal.rehearsed_rewards(config, prompts, policy, renderer.opening)
+    batches = order.steps_of_epochs(config.epochs, config.prompts_per_step, len(prompts))
+    steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
+    notes = training.notes + rehearsal.rehearsed_rewards(config, prompts, policy, renderer.opening, steps)
     notes += rehearsal.rehearsed_judge(config, prompts[0], renderer.opening) + budget
     mesh = sharding.make_mesh(config.mesh)
     policy = replace(policy, cfg=fit_to_mesh(config, policy.cfg, mesh))
@@ -131,8 +133,6 @@ def open_inputs(config: Config, recorded_date: str | None = None) -> RunInputs:
             f"config.warm_start.batch_size = {config.warm_start.batch_size}: must be a multiple of mesh.data x "
             f"mesh.fsdp = {shards}, over which a batch is split"
         )
-    batches = order.steps_of_epochs(config.epochs, config.prompts_per_step, len(prompts))
-    steps = config.steps or batches * (2 if config.algorithm.alternate else 1)
     check_profiled(config.log, steps)
     return RunInputs(config, policy, renderer, mesh, prompts, skipped, notes, evaluation_plan, longest_prompt, steps)
 

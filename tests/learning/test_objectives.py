@@ -259,6 +259,10 @@ def test_dual_clip_stands_above_the_clip():
             resolved("dapo", **settings)
 
 
+def test_without_dual_clip_there_need_be_no_clip():
+    assert resolved("grpo", epsilon=math.inf).delta == resolved("grpo", epsilon=math.inf).epsilon_high == math.inf
+
+
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("cut", [False, True])
 def test_the_entropy_bonus_is_a_mean_over_tokens(loss_type, cut):

@@ -240,7 +240,7 @@ def test_logits_are_float32_also_in_bfloat16(params, full):
 
 
 def test_no_product_of_logits_is_rounded_to_bfloat16(params):
-    """Of few rows on each platform, of many rows, and with a head of its own."""
+    """With the embedding, and with a head of its own."""
     rows = jax.random.normal(jax.random.key(2), (3 * decoder.FEW_ROWS, TINY.hidden_size)).astype(jnp.bfloat16)
     embedding = params["embedding"].astype(jnp.bfloat16)
     weights = {"embedding": embedding, "lm_head": embedding.T}

@@ -472,11 +472,12 @@ PROBLEMS = [[Candidate(text, "4", "", question) for text in ("a", "bbb")] for qu
 
 @pytest.mark.slow
 def test_a_rehearsal_returns_the_values_by_function_problem_and_completion():
-    rewards = custom_rewards(several("skips_short", "first_only", "position"))
-    lengths, alone, place = rehearse(rewards, PROBLEMS, timeout=10.0)
+    rewards = custom_rewards(several("skips_short", "first_only", "position", "own_step"))
+    lengths, alone, place, steps = rehearse(rewards, PROBLEMS, timeout=10.0, max_steps=7)
     assert [[str(value) for value in row] for row in lengths] == [["nan", "3.0"]] * 2
     assert alone == [[1.0, 3.0]] * 2  # written for one completion per call
     assert place == [[200.0, 210.0]] * 2
+    assert steps == [[700.0, 700.0]] * 2
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_submit_does_not_wait(faked):
 
 
 def test_equal_completions_are_graded_once(faked, monkeypatch):
-    """All that a grading reads counts: text, answer, length, and which rewards are asked for. Failures are repeated."""
+    """All that a grading reads counts: texts, answer, tokens, and which rewards are asked. Failures are repeated."""
     monkeypatch.setattr(verifier_module, "REMEMBERED", 3)
     with Verifier(config.RewardsConfig(overlong=1.0, overlong_cache=2, workers=1), max_completion=4) as verifier:
         sent, submit = [], verifier._pool.submit
@@ -205,9 +205,13 @@ def test_equal_completions_are_graded_once(faked, monkeypatch):
             len(sent) == 4 and verifier.submit(other).result(timeout=60).reward == 0.0
         )  # the least recent one is gone
         assert len(sent) == 5
+        another = dataclasses.replace(other, question="?", columns={"level": 1})  # columns are not read
+        for tokens in (other.tokens, other.tokens + 1):
+            verifier.submit(dataclasses.replace(another, tokens=tokens)).result(timeout=60)
+        assert len(sent) == 7
         for _ in range(2):
             assert verifier.submit(Candidate("fail", "4")).result(timeout=60).status == "error"
-        assert sent[5:] == ["fail"] * 2
+        assert sent[7:] == ["fail"] * 2
 
 
 def test_a_worker_has_imported_the_grader_before_its_first_item(faked):

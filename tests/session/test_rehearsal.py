@@ -42,7 +42,8 @@ def test_an_answer_is_made_up_where_a_problem_has_none(monkeypatch, answer, stat
     prompt = Prompt("a", 0, "3 + 4", answer, np.zeros(1, np.int32))
     shown = []  # by function and judge
 
-    def called(rewards, batches, *_):
+    def called(rewards, batches, timeout, memory_gib, max_steps):
+        assert max_steps == 4
         shown.extend((each.text, each.answer) for each in batches[0][:1])
         return [[[1, 0]]]
 
@@ -54,6 +55,6 @@ def test_an_answer_is_made_up_where_a_problem_has_none(monkeypatch, answer, stat
     monkeypatch.setattr(rehearsal.judge, "rehearse", asked)
     encodes = SimpleNamespace(encode_completion=lambda text: np.zeros(1, np.int32))
     run = settings(**{"rewards.functions": ("builtins:len",), "rewards.judge.weight": 1.0, "rewards.judge.model": "m"})
-    assert rehearsal.rehearsed_rewards(run, [prompt], encodes, "") == [("reward len", note)]
+    assert rehearsal.rehearsed_rewards(run, [prompt], encodes, "", 4) == [("reward len", note)]
     assert rehearsal.rehearsed_judge(run, prompt, "") == [("reward judge", judged)]
     assert all(f"<answer>{stated}</answer>" in text and given == answer for text, given in shown) and len(shown) == 2
