@@ -33,7 +33,9 @@ class Objective:
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     scale_rewards: str = "group"
-    by_row: bool = False  # all tokens of a row have one ratio; clipped rows are counted instead of tokens, as in TRL
+    # All tokens of a row have one ratio; clipped rows are counted instead of tokens, as in TRL. The weights of a row must
+    # add up to 1 / rows.
+    by_row: bool = False
 
 
 def _sequence_mean(lengths: np.ndarray, max_completion: int) -> np.ndarray:
