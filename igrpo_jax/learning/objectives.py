@@ -33,8 +33,8 @@ class Objective:
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     scale_rewards: str = "group"
-    # All tokens of a row have one ratio; clipped rows are counted instead of tokens, as in TRL. The weights of a row must
-    # add up to 1 / rows.
+    # All tokens of a row have one ratio; clipped rows are counted instead of tokens, as in TRL. The weights of a row
+    # must add up to 1 / rows.
     by_row: bool = False
 
 
