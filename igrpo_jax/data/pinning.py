@@ -54,9 +54,11 @@ def dated(data: DataConfig, tokenizer: PreTrainedTokenizerBase, recorded: str | 
     """
     template = template_of(tokenizer)
     _check_names(template, data)
-    asks = "strftime_now" in template
+    asks = "strftime_now" in template and not _has_a_day(template)
     if data.template_date and not asks:
         fix = "the chat template of the model never asks for the date; leave it empty"
+        if _has_a_day(template):
+            fix = "the run that exported the model wrote its own day into the chat template; leave it empty"
         raise refusal("data.template_date", data.template_date, fix)
     if not asks or data.template_date:
         return data
@@ -123,13 +125,18 @@ def pinned(template: str, kwargs: Mapping[str, TemplateValue], date: str) -> str
     A caller of the template may still pass other values. Without variables and date the text is unchanged.
     """
     head = "".join(f"{{% set {name} = {name} | default({_literal(value)}) %}}\n" for name, value in kwargs.items())
-    if date and "strftime_now" in template:
+    if date:
         midnight = datetime.datetime.fromisoformat(date)
         codes = sorted(set(re.findall(r"(?<!\{)%-?[aAbBcdeFGHIjmMpSuUVwWxXyYzZ]", template + str(dict(kwargs)))))
         replaced = "".join(f".replace({_literal(code)}, {_literal(midnight.strftime(code))})" for code in codes)
         # This macro hides the function of the same name that transformers passes to a template.
         head += f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
     return head + template  # Jinja drops the line end after each statement of the head
+
+
+def _has_a_day(template: str) -> bool:
+    """Returns whether `pinned` has written a day into the template already, as into that of an exported model."""
+    return "{% macro strftime_now(" in template
 
 
 def _literal(value: TemplateValue) -> str:

@@ -47,18 +47,18 @@ class Renderer:
         self._tokenizer = tokenizer
         self._instruction = data.instruction
         self._max_draft_length = max_draft_length
-        self._special = {*tokenizer.all_special_ids, *eos_ids}
+        self._special = templates.control_ids(tokenizer).union(eos_ids)
         self._frame = templates.open_frame(tokenizer, data)
         self._not_kept = self._special.union(self._frame.marks.tolist())  # of a draft
-        after = self._frame.after
-        self.opening = after[after.rindex("<think>") :] if "<think>" in after else ""
+        reply = self._frame.reply
+        self.opening = reply[reply.rindex("<think>") :] if "<think>" in reply else ""
         lead, tail = refine.instruction.split("{draft}")
         self._lead = "\n\n" + lead
         self._tail = tail
         self._after_draft = {known: self._frame.ids_after(_with_verdict(tail, known)) for known in VERDICT_WORDS}
 
     def _words(self, question: str) -> str:
-        return f"{self._instruction}\n\n{question}" if self._instruction else question
+        return templates.user_words(self._instruction, question)
 
     def plain(self, question: str) -> np.ndarray:
         """Returns q: [L] int32, including the generation prompt."""
@@ -95,7 +95,7 @@ class Renderer:
     def text(self, tokens: np.ndarray) -> str:
         """Returns the text that people and verifiers read, without special tokens."""
         seen = [token for token in tokens.tolist() if token not in self._special]
-        return self._tokenizer.decode(seen, skip_special_tokens=True)
+        return self._tokenizer.decode(seen, skip_special_tokens=False)
 
 
 def most_overhead(refine: RefineConfig, max_draft_length: int) -> int:

@@ -16,8 +16,10 @@ from igrpo_jax.config import Config
 from igrpo_jax.data import columns, drafts, problems
 from igrpo_jax.data.drafts import Draft
 from igrpo_jax.data.problems import Row
-from igrpo_jax.errors import InputError
+from igrpo_jax.errors import InputError, one_line
+from igrpo_jax.rewards.format import opens_thinking
 from igrpo_jax.rewards.mathematics import golds
+from igrpo_jax.schema.fields import refusal
 
 SOLUTIONS = ("solution", "generation", "response", "completion", "output", "answer")
 
@@ -39,7 +41,7 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
 
     Raises:
         InputError: as `problems.load_rows`; no column of solutions, or none of drafts where they are asked for; no row
-            has a solution; `data.clean` leaves none.
+            has a solution; `data.clean` leaves none; a text has tags of a reasoning that the template has closed.
     """
     source = f"config.data.train = {config.data.train!r}"
     rows, mapping, told = problems.load_rows(config.data)
@@ -104,7 +106,15 @@ def _imitated(config: Config, row: Row, solution: str, opening: str) -> str:
     """Returns config.sft.completion filled in for a row. A solution's own {answer} or the like stays as it is."""
     values = {"solution": solution.strip(), "answer": golds.alternatives(row.answer)[0]}
     text = re.sub(r"\{(solution|answer)\}", lambda match: values[match[1]], config.sft.completion)
-    return text.removeprefix("<think>").lstrip("\n") if "<think>" in opening else text
+    if opens_thinking(opening):
+        return text.removeprefix("<think>").lstrip("\n")
+    if opening and ("<think>" in text or "</think>" in text):
+        fix = (
+            f"the chat template closes the reasoning before a reply ({one_line(opening)}), but what is to be imitated "
+            f"has tags of reasoning (row {row.id}); leave them out, or let data.template_kwargs turn reasoning on"
+        )
+        raise refusal("sft.completion", config.sft.completion, fix)
+    return text
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -148,6 +148,7 @@ def _dense(raw: dict, source: str) -> DecoderConfig:
     _only(raw, source, hidden_act="silu", mlp_bias=False, use_sliding_window=False)
     if not kind.startswith("qwen"):  # where a window is in use only with use_sliding_window
         _only(raw, source, sliding_window=None)
+    _only(raw, source, is_causal=True)
     for layer in value(raw, source, NAMES, "layer_types", []):
         refuse(layer == "full_attention", source, "layer_types", layer, "full_attention")
     if kind != "qwen2":  # its biases are not optional
@@ -161,7 +162,7 @@ def _dense(raw: dict, source: str) -> DecoderConfig:
         head_dim=head_dim,
         pattern="*-" * value(raw, source, WHOLE, "num_hidden_layers"),
         rope_theta=float(value(rope, source, NUMBER, "rope_theta", 10_000.0)),
-        rope_scaling=_rope_scaling(rope, source),
+        rope_scaling=_rope_scaling(rope, raw, source),
         rms_norm_eps=value(raw, source, NUMBER, "rms_norm_eps"),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
@@ -184,13 +185,14 @@ def _rope(raw: dict, source: str) -> dict:
     return {"rope_theta": raw.get("rope_theta"), **given}
 
 
-def _rope_scaling(rope: dict, source: str) -> RopeScaling | None:
+def _rope_scaling(rope: dict, raw: dict, source: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     refuse(kind in ("default", "llama3"), source, "rope type", kind, "default or llama3")
     if kind == "default":
         return None
     number = functools.partial(value, rope, source, NUMBER)
-    original = value(rope, source, WHOLE, "original_max_position_embeddings")
+    name = "original_max_position_embeddings"  # as in transformers, first of all at the top level, then in rope
+    original = value(raw if raw.get(name) else rope, source, WHOLE, name)
     low, high = number("low_freq_factor"), number("high_freq_factor")
     refuse(high > low, source, "high_freq_factor", high, f"above low_freq_factor = {low}")
     return RopeScaling(float(number("factor")), float(low), float(high), original)

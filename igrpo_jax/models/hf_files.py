@@ -100,7 +100,7 @@ def tokenizer_fingerprint(path: str) -> str:
 def eos_ids(path: str, tokenizer) -> tuple[int, ...]:
     """Returns every token id that ends a completion, sorted.
 
-    The ids come from generation_config.json, config.json, the tokenizer and the chat template.
+    The ids come from the tokenizer, the chat template and `named_eos_ids`.
 
     Raises:
         InputError: none of them names one.
@@ -113,17 +113,20 @@ def eos_ids(path: str, tokenizer) -> tuple[int, ...]:
 
 
 def named_eos_ids(path: str) -> list[int]:
-    """Returns the ids that generation_config.json and config.json name as ends of a completion, in this order.
+    """Returns the ids that generation_config.json names as ends of a completion, or config.json where that names none.
+
+    As in transformers: config.json may hold the default of its class, which can be any token.
 
     Raises:
         InputError: what they name is no id.
     """
-    root, ids = resolve(path), []
+    root = resolve(path)
     for name in ("generation_config.json", "config.json"):
         raw = read_json(path, root / name) if (root / name).is_file() else {}
         named = config.value(raw, f"config.model.path = {path!r}: {name}", config.TOKENS, "eos_token_id", [])
-        ids += named if isinstance(named, list) else [named]
-    return [id for id in ids if id is not None]
+        if ids := [id for id in (named if isinstance(named, list) else [named]) if id is not None]:
+            return ids
+    return []
 
 
 def _end_of_turn(path: str, tokenizer) -> int | None:

@@ -15,6 +15,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.storage import addresses, reading
 
 WANTED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+TEMPLATES = "additional_chat_templates/*.jinja"  # chat templates besides the default one
 
 
 def resolve(path: str) -> Path:
@@ -34,7 +35,8 @@ def resolve(path: str) -> Path:
 
 @functools.cache
 def _copy(address: str) -> Path:
-    wanted = lambda name: "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in WANTED)
+    named = lambda name: "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in WANTED)
+    wanted = lambda name: named(name) or fnmatch.fnmatch(name, TEMPLATES)
     return reading.local(f"config.model.path = {address!r}", address, wanted)
 
 
@@ -42,7 +44,9 @@ def _copy(address: str) -> Path:
 def _download(name: str) -> Path:
     try:
         # Its patterns match in folders too, such as those of checkpoints or of weights in another format.
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=["*/*"]))
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=["*/*"])
+        huggingface_hub.snapshot_download(name, allow_patterns=[TEMPLATES])
+        return Path(folder)
     except Exception as error:  # its errors have no common base: HTTP, validation, offline, file system
         reason = f"{type(error).__name__}: {first_line(error)}"
         fix = "give a local directory with config.json, the safetensors files and the tokenizer"

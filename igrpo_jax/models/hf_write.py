@@ -39,6 +39,7 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    hf_paths.TEMPLATES,
     *hf_files.VOCABULARIES,
     "merges.txt",
 )
@@ -164,10 +165,12 @@ def copy_tokenizer(path: str, folder: Path, template: str = "") -> None:
 
     A `template` is written instead of the model's own: transformers reads chat_template.jinja first.
     """
-    for pattern in TOKENIZER:
-        for file in hf_paths.resolve(path).glob(pattern):
-            if jax.process_index() == 0 and file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    root = hf_paths.resolve(path)
+    for file in [file for pattern in TOKENIZER for file in root.glob(pattern) if file.is_file()]:
+        if jax.process_index() == 0:
+            copy = folder / file.relative_to(root)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     if template and jax.process_index() == 0:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 

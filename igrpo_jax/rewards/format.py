@@ -26,6 +26,11 @@ def format_reward(text: str) -> float:
     return 0.0 if any(tag in thought or tag in answer for tag in TAGS) else 1.0
 
 
+def opens_thinking(opening: str) -> bool:
+    """Returns whether a reply that begins like this is inside its `<think>` block."""
+    return opening.count("<think>") > opening.count("</think>")
+
+
 def overlong_penalty(length: int, max_completion: int, cache: int) -> float:
     """Returns the soft over-long penalty of DAPO (arXiv 2503.14476, Eq. 13).
 

@@ -9,6 +9,7 @@ from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.models.policy import Policy
 from igrpo_jax.records import Candidate, Prompt
 from igrpo_jax.rewards import custom, judge, verdicts, verifier
+from igrpo_jax.rewards.format import opens_thinking
 from igrpo_jax.rewards.mathematics import golds
 
 WRONG_ANSWER = "-987654321"  # what custom rewards see as a wrong answer
@@ -123,11 +124,14 @@ def _stated(prompt: Prompt) -> str:
 def _reply(config: Config, prompt: Prompt, answer: str, opening: str) -> str:
     """Returns a reply to `prompt` that states `answer` in the form that is asked for, without its `opening`.
 
-    Where neither a box nor tags are asked for, it has a box in its thinking and then the tags.
+    Where neither a box nor tags are asked for, it has a box in its thinking and then the tags. It has no thinking where
+    the `opening` has closed that.
     """
     asked = " ".join([config.data.system_prompt, config.data.instruction, prompt.question])
     box, boxed, tagged = f"\\boxed{{{answer}}}", "\\boxed" in asked, "<answer>" in asked
     stated = box if boxed else answer
     thought = "Done." if boxed or tagged else f"It is {box}. Done."
     stated = stated if boxed and not tagged else f"<answer>{stated}</answer>"
-    return f"{'' if '<think>' in opening else '<think>'}{thought}</think>{stated}"
+    if opening and not opens_thinking(opening):
+        return stated
+    return f"{'' if opening else '<think>'}{thought}</think>{stated}"

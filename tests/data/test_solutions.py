@@ -33,6 +33,18 @@ def test_a_think_that_the_template_writes_is_not_imitated(tmp_path):
     assert bare.text == MATH["solution"]  # of the base model's own form, and what it says is not filled in
 
 
+def test_tags_of_a_reasoning_that_the_template_has_closed_are_refused(tmp_path):
+    """Qwen3 without thinking writes an empty block, after which a stray </think> was imitated."""
+    opening = "<think>\n\n</think>\n\n"
+    plain = "{solution}\n<answer>{answer}</answer>"
+    ((found,), _) = load(tmp_path, [MATH], opening, completion=plain)
+    assert found.text == f"{MATH['solution']}\n<answer>5</answer>"
+    for row, sft in ((MATH, {}), (MATH | {"solution": "<think>2 + 3</think>$\\boxed{5}$"}, {"completion": plain})):
+        message = error_of(lambda: load(tmp_path, [row], opening, **sft))  # noqa: B023
+        assert message.startswith("config.sft.completion = ") and "\n" not in message
+        assert "the chat template closes the reasoning before a reply (<think> </think>)" in message
+
+
 def test_rows_without_a_solution_or_a_draft_are_counted(tmp_path):
     rows = [MATH | {"mine": "no", "old": ["a", " ", "b"]}, MATH | {"mine": None, "old": "c"}, MATH | {"mine": "d"}]
     found, notes = load(tmp_path, rows, solution_column="mine", draft_column="old", draft_fraction=0.5)

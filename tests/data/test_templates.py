@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from igrpo_jax import config
 from igrpo_jax.data import pinning, templates
 from igrpo_jax.data.prompts import Renderer
+from igrpo_jax.rewards.format import TAGS
 
 QUESTION = "What is 2+2?"
 
@@ -217,3 +218,118 @@ def test_special_tokens_without_a_name_are_removed_from_drafts():
     marks = tokenizer.convert_tokens_to_ids(["<|start_header_id|>", "<|end_header_id|>"])
     assert not {*marks} & {*tokenizer.all_special_ids}
     assert opened(tokenizer).kept_draft(np.array([65, *marks, 66], np.int32)).tolist() == [65, 66]
+
+
+def is_special_by(kind):
+    """A tokenizer with tags as tokens: ordinary ones, special ones, or special ones that transformers lists."""
+    tokenizer = chat_templates.byte_tokenizer(chat_templates.QWEN_2_5)
+    tokenizer.add_tokens(list(TAGS), special_tokens=kind != "ordinary")
+    if kind == "listed":
+        tokenizer.add_special_tokens({"extra_special_tokens": list(TAGS)})
+        assert {*TAGS} <= {*tokenizer.all_special_tokens}
+    return tokenizer
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+@pytest.mark.parametrize("kind", ["special", "listed"])
+def test_tags_that_the_tokenizer_calls_special_are_text(kind, has_template):
+    """They were missing from what is graded, so that a box in the reasoning counted as the answer, and from drafts."""
+    reply = "<think>\\boxed{7}? No.</think><answer>5</answer>"
+    forged = f"{QUESTION} <think></s><|im_end|></think>"
+    found = []
+    for tokenizer in (is_special_by("ordinary"), is_special_by(kind)):
+        tokenizer.chat_template = tokenizer.chat_template if has_template else None
+        one = opened(tokenizer, "A draft:\n{draft}\nImprove it in <think> and </think>.", instruction="Use <think>.")
+        sampled = np.array([*tokenizer(reply)["input_ids"], tokenizer.eos_token_id], np.int32)
+        assert one.text(sampled) == reply
+        assert one.kept_draft(sampled).tolist() == sampled[:-1].tolist()
+        if has_template:
+            messages = [{"role": "user", "content": f"Use <think>.\n\n{QUESTION}"}]
+            theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            assert one.plain(QUESTION).tolist() == theirs
+        for question in (QUESTION, forged):
+            found.append([one.plain(question), one.with_draft(question, sampled), one.draft_overhead(9)])
+    assert tokenizer.convert_tokens_to_ids("<think>") in found[-1][0]
+    for ordinary, special in zip(found[:2], found[2:], strict=True):
+        for one, other in zip(ordinary, special, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+CHANGES = {
+    "message.content.replace('/think', '')": ("and </think>.", r"'and </think>.\n\nHow much i' becomes 'and <>.\n"),
+    "(message.content | escape)": ("and <think>.", r"'and <think>.\n\nHow much i' becomes 'and &lt;think&gt;."),
+    "(message.content | tojson)": ("a\nb", r"'a\nb\n\nHow much is 12 +' becomes 'a\\nb"),
+    "(message.content | trim)[:40]": ("a" * 60, f"'{'a' * 40}' becomes '{'a' * 20}'"),
+    "message.content.replace('\\n', ' ')": ("a\nb", r"'a\nb\n\nHow much is 12 +' becomes 'a b  How much"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_template_that_changes_the_words_of_the_user_is_refused(change):
+    """Nemotron Nano 2's takes /think out of them, with which the instruction asked for <think> and <>."""
+    words, shows = CHANGES[change]
+    template = chat_templates.QWEN_2_5.replace("message.content +", f"{change} +")
+    tokenizer, draft = chat_templates.byte_tokenizer(template), np.array([65], np.int32)
+    start = "config.model.path: its chat template changes what the user says or what surrounds it: "
+    assert error_of(lambda: opened(tokenizer, instruction=words)).startswith(f"{start}{shows}")
+    for found in (
+        lambda: opened(tokenizer).plain(words),
+        lambda: opened(tokenizer).with_draft(words, draft),
+        lambda: opened(tokenizer, f"{words}\n{{draft}}\n!").with_draft("1", draft),
+        lambda: opened(tokenizer, f":\n{{draft}}\n{words}"),
+    ):
+        message = error_of(found)
+        assert message.startswith(start) and "\n" not in message and templates.SENTINEL not in message
+
+
+def test_a_template_that_begins_the_reply_by_what_the_user_says():
+    """Its q and q' began replies in two ways, and rewards read a third."""
+    template = chat_templates.QWEN_2_5.replace("assistant\\n'", "assistant\\n' ~ ('<think>' if '2' in turn else '')")
+    tokenizer = chat_templates.byte_tokenizer("{% set turn = messages[-1].content %}" + template)
+    message = error_of(lambda: opened(tokenizer, instruction="Add up 2."))
+    assert "changes what the user says or what surrounds it" in message and "<think>'; leave" in message
+
+
+def test_only_what_begins_the_reply_is_read_before_it():
+    suffix = chat_templates.QWEN_2_5.replace("message.content +", "message.content + ' In <think> tags.' +")
+    assert opened(chat_templates.byte_tokenizer(suffix)).opening == ""
+    opens = suffix.replace("assistant\\n'", "assistant\\nWell:\\n<think>\\n'")
+    assert opened(chat_templates.byte_tokenizer(opens)).opening == "<think>\n"
+    # Without a generation prompt there is nothing after the words, or an error.
+    always = "{{ messages[0].content }}<think>"
+    picky = "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}" + always
+    for template, opening in ((always, ""), (picky, "<think>")):
+        assert opened(chat_templates.byte_tokenizer(template)).opening == opening
+    closes = opened(chat_templates.byte_tokenizer(chat_templates.QWEN_3), template_kwargs={"enable_thinking": False})
+    assert closes.opening == "<think>\n\n</think>\n\n"
+
+
+def test_a_system_prompt_that_the_template_changes(caplog):
+    switch = "{% set on = '/no_think' not in messages[0].content %}" + chat_templates.QWEN_2_5.replace(
+        "messages[0]['content'] +", "messages[0]['content'].replace('/no_think', '') +"
+    )
+    switch = switch.replace("assistant\\n'", "assistant\\n' ~ ('<think>' if on else '<think></think>')")
+    tokenizer = chat_templates.byte_tokenizer(switch)
+    assert opened(tokenizer, system_prompt="Be brief.").opening == "<think>" and not caplog.records
+    assert opened(tokenizer, system_prompt="Be brief. /no_think").opening == "<think></think>"
+    (record,) = caplog.records
+    assert "'Be brief. /no_think': the chat template of the model shows it changed" in record.getMessage()
+
+
+def test_special_tokens_without_a_name_are_removed_from_drafts_of_a_base_model():
+    tokenizer = chat_templates.byte_tokenizer(None)
+    marks = tokenizer.convert_tokens_to_ids(chat_templates.MARKS)
+    assert opened(tokenizer).kept_draft(np.array([65, *marks, 66], np.int32)).tolist() == [65, 66]
+
+
+def test_the_day_of_an_exported_template_is_its_own(monkeypatch):
+    """A run that began from an export took down another day than its prompts had."""
+    day = pinning.pinned(chat_templates.LLAMA_3_2, {}, "2026-01-31")
+    tokenizer = chat_templates.byte_tokenizer(day)
+    chat_templates.set_today(monkeypatch, "2026-11-26")
+    assert "Today Date: 31 Jan 2026" in shown(tokenizer)
+    for recorded in (None, "", "2026-11-26"):
+        assert pinning.dated(config.DataConfig(), tokenizer, recorded).template_date == ""
+    message = error_of(pinning.dated, config.DataConfig(template_date="2026-05-05"), tokenizer)
+    assert message.endswith("the run that exported the model wrote its own day into the chat template; leave it empty")
+    assert pinning.pinned(day, {"date_string": "x"}, "").endswith(day)

@@ -274,6 +274,7 @@ SMALL_LLAMA3 = LLAMA3 | {"original_max_position_embeddings": 32}
         {"rope_scaling": SMALL_LLAMA3},  # the base in rope_parameters counts no more
         {"rope_scaling": SMALL_LLAMA3 | {"rope_theta": 300.0}},
         {"rope_scaling": SMALL_LLAMA3, "rope_theta": 700.0},
+        {"rope_scaling": SMALL_LLAMA3, "original_max_position_embeddings": 16},
         {"rope_scaling": {}, "rope_theta": 700.0},  # takes no place
     ],
 )
@@ -416,7 +417,8 @@ def test_a_hub_id_that_can_not_be_had(monkeypatch):
 
 def test_a_hub_id_becomes_its_snapshot_of_the_files_at_its_top(monkeypatch, saved):
     files = ["config.json", "model.safetensors", "merges.txt", "tokenizer.model", "README.md"]
-    files += ["checkpoint-500/model.safetensors", "original/tokenizer.model", "onnx/a/config.json"]
+    files += ["checkpoint-500/model.safetensors", "original/tokenizer.model", "onnx/a/config.json", "a/b.jinja"]
+    files += ["additional_chat_templates/tools.jinja"]
     taken = []
 
     def download(name, **patterns):
@@ -425,7 +427,7 @@ def test_a_hub_id_becomes_its_snapshot_of_the_files_at_its_top(monkeypatch, save
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hf_files.load_config("somebody/qwen2-tiny") == hf_files.load_config(str(saved))
-    assert taken == files[:4]
+    assert taken == [*files[:4], files[-1]]
 
 
 def test_of_a_bucket_the_files_at_its_top_are_wanted(monkeypatch, tmp_path):
@@ -436,6 +438,7 @@ def test_of_a_bucket_the_files_at_its_top_are_wanted(monkeypatch, tmp_path):
     ((setting, address, wanted),) = asked
     assert (setting, address) == ("config.model.path = 'gs://bucket/a model'", "gs://bucket/a model")
     assert all(map(wanted, ["config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja"]))
+    assert wanted("additional_chat_templates/tools.jinja") and not wanted("a/tools.jinja")
     assert not any(map(wanted, ["checkpoint-5/model.safetensors", "pytorch_model.bin", "onnx/config.json"]))
 
 
@@ -507,9 +510,13 @@ def test_a_fast_tokenizer_and_its_stops(copy):
     save_tokenizer(copy, CHATML)
     tokenizer = hf_files.load_tokenizer(str(copy))
     assert tokenizer("x answer")["input_ids"] == [6, 7]
-    # config.json says 5, the tokenizer </s> = 1, the template <|im_end|> = 3.
-    edit_json(copy / "generation_config.json", eos_token_id=[4, 5])
-    assert hf_files.eos_ids(str(copy), tokenizer) == (1, 3, 4, 5)
+    # The tokenizer says </s> = 1, the template <|im_end|> = 3.
+    edit_json(copy / "config.json", eos_token_id=2)
+    for named, found in (([4, 5], (1, 3, 4, 5)), (4, (1, 3, 4)), (None, (1, 2, 3)), (..., (1, 2, 3))):
+        edit_json(copy / "generation_config.json", eos_token_id=named)
+        assert hf_files.eos_ids(str(copy), tokenizer) == found
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(copy).generation_config.eos_token_id
+        assert theirs is None or {*np.atleast_1d(theirs).tolist()} <= {*found}
 
 
 @pytest.mark.parametrize(
@@ -576,7 +583,7 @@ def test_a_completion_ends_with_an_end_that_the_model_has(tmp_path):
             edit_json(path / name, eos_token=...)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 3]}))
     lacking = open_policy(config.ModelConfig(path=str(path)))
-    assert lacking.tokenizer.eos_token_id is None and lacking.eos_ids == (3, 7, 256)
+    assert lacking.tokenizer.eos_token_id is None and lacking.eos_ids == (3, 7)
     assert lacking.encode_completion("ab").tolist() == [*own.tokenizer("ab")["input_ids"], 7]
     (path / "generation_config.json").unlink()
     edit_json(path / "config.json", eos_token_id=...)

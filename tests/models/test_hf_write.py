@@ -136,6 +136,8 @@ def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
     (original / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "temperature": 0.6}))
     (original / "chat_template.jinja").write_text(CHATML)
     (original / "pytorch_model.bin.index.json").write_text("{}")
+    (original / "additional_chat_templates").mkdir()
+    (original / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}" + CHATML)
     opened = open_policy(original)
     opened.save(out, opened.load(one_device(), 0, "bfloat16"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -149,6 +151,7 @@ def test_everything_beside_the_weights_is_the_originals(original, tmp_path):
     turns = [{"role": "user", "content": "x"}]
     tokenizers = [transformers.AutoTokenizer.from_pretrained(path) for path in (original, out)]
     assert len({str(x.apply_chat_template(turns, add_generation_prompt=True)) for x in tokenizers}) == 1
+    assert tokenizers[1].chat_template == {"default": CHATML, "tools": "{{ tools }}" + CHATML}
 
 
 @pytest.mark.slow

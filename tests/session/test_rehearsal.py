@@ -29,6 +29,8 @@ def test_custom_rewards_are_called_with_answers_in_the_form_that_is_asked_for(in
         rehearsal._reply(settings(), dataclasses.replace(prompt, question=f"{instruction} 3 + 4"), "7", "<think>")
         == reply[7:]
     )
+    closed = rehearsal._reply(settings(**{"data.instruction": instruction}), prompt, "7", "<think>\n\n</think>\n\n")
+    assert closed == reply.partition("</think>")[2]
 
 
 @pytest.mark.parametrize(
