@@ -199,8 +199,8 @@ class WarmStartConfig:
 class SftConfig:
     """What supervised fine-tuning (SFT) of a model from files imitates (`python -m igrpo_jax.sft`)."""
 
-    # Column of the solutions to imitate; empty finds it by name: solution, generation, response, completion, output,
-    # answer.
+    # Column of the solutions to imitate, texts or chats that end with a reply; empty takes the replies to the questions
+    # where these are such chats, or else finds it by name: solution, generation, response, completion, output, answer.
     solution_column: str = ""
     # Text that is imitated: {solution} is the cell of the solution, {answer} the final answer of the problem. A
     # <think> that the chat template writes itself is left out.

@@ -147,6 +147,15 @@ def answer(value: Any) -> str | None:
     return golds.gold_text(value if turns is None else messages.reply(turns), _final_answer)
 
 
+def reply(value: Any) -> str | None:
+    """Returns the reply with which a chat ends, None if it has none or the value is no chat."""
+    try:
+        turns = messages.parse(value)
+        return messages.reply(turns) if turns else None
+    except TypeError:
+        return None
+
+
 def _final_answer(text: str) -> str | None:
     """Returns the final answer of a worked solution, and other texts as they are; None for a blank one."""
     text = golds.printed_list(text)

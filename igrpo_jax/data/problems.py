@@ -40,6 +40,7 @@ class Row:
     question: str
     answer: str  # "" if the problems have none, which no reward of the library asks for then
     columns: dict[str, Any]  # the columns that are not the question, unchanged
+    reply: str = ""  # what follows the question, where that is a chat that ends with a reply
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,14 @@ def _rows(table: Table, mapping: columns.Mapping, source: str) -> list[Row]:
     reads = [(mapping.prompt, columns.question), *[(mapping.answer, columns.answer)] * bool(mapping.answer)]
     named = lambda number, cells: str(number if cells.get("id") is None else cells["id"])
     return [
-        Row(named(number, cells), index, question, answers[0] if answers else "", mapping.rest(cells))
+        Row(
+            named(number, cells),
+            index,
+            question,
+            answers[0] if answers else "",
+            mapping.rest(cells),
+            columns.reply(columns.cell(cells, mapping.prompt)) or "",
+        )
         for index, (number, cells, (question, *answers)) in enumerate(columns.texts(table, reads, source))
     ]
 

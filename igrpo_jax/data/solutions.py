@@ -1,6 +1,7 @@
 """Worked solutions to imitate, from the same rows as the problems: texts that SFT trains the model on.
 
-The text is config.sft.completion with the row's solution and final answer filled in. Rows without a solution are left
+The text is config.sft.completion with the row's solution and final answer filled in. A solution is a text, or the reply
+with which a chat ends: that of the question itself, where the question is such a chat. Rows without a solution are left
 out and counted, and `data.clean` leaves out of the others what it leaves out of a run. Blank drafts are left out. Not
 here: tokens, prompts and batches.
 """
@@ -41,15 +42,17 @@ def load_solutions(config: Config, opening: str = "") -> tuple[list[Solution], l
 
     Raises:
         InputError: as `problems.load_rows`; no column of solutions, or none of drafts where they are asked for; no row
-            has a solution; `data.clean` leaves none; a text has tags of a reasoning that the template has closed.
+            has a solution; `data.clean` leaves none; a text has tags of a reasoning that the template has closed, or
+            has them twice.
     """
     source = f"config.data.train = {config.data.train!r}"
     rows, mapping, told = problems.load_rows(config.data)
-    name = _column(rows, config.sft.solution_column, SOLUTIONS, f"{source}: has no column of solutions", "solution")
+    name = _solution_column(rows, config.sft.solution_column, mapping.prompt, source)
     drafts_of = _drafts(config, rows, source)
     found = []
     for row in rows:
-        text = columns.cell(row.columns, name)
+        value = columns.cell(row.columns, name)
+        text = row.reply if name == mapping.prompt else columns.reply(value) or value
         if isinstance(text, str) and text.strip():
             found.append(Solution(row, _imitated(config, row, text, opening), drafts_of(row)))
     if not found:
@@ -104,11 +107,15 @@ def _draft_notes(config: Config, found: Sequence[Solution]) -> list[tuple[str, s
 
 def _imitated(config: Config, row: Row, solution: str, opening: str) -> str:
     """Returns config.sft.completion filled in for a row. A solution's own {answer} or the like stays as it is."""
+    has_tags = lambda text: "<think>" in text or "</think>" in text
+    if has_tags(solution) and has_tags(config.sft.completion):
+        fix = f"the solutions have tags of reasoning themselves (row {row.id}); set it to {{solution}}"
+        raise refusal("sft.completion", config.sft.completion, fix)
     values = {"solution": solution.strip(), "answer": golds.alternatives(row.answer)[0]}
     text = re.sub(r"\{(solution|answer)\}", lambda match: values[match[1]], config.sft.completion)
     if opens_thinking(opening):
         return text.removeprefix("<think>").lstrip("\n")
-    if opening and ("<think>" in text or "</think>" in text):
+    if opening and has_tags(text):
         fix = (
             f"the chat template closes the reasoning before a reply ({one_line(opening)}), but what is to be imitated "
             f"has tags of reasoning (row {row.id}); leave them out, or let data.template_kwargs turn reasoning on"
@@ -121,6 +128,17 @@ def _texts(value: Any) -> tuple[str, ...]:
     """Returns the texts of a cell, which holds one or a list of them."""
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(text for text in values if isinstance(text, str) and text.strip())
+
+
+def _solution_column(rows: Sequence[Row], wanted: str, prompt: str, source: str) -> str:
+    """Returns the column of the solutions: that of the questions (`prompt`) where these are chats with replies.
+
+    Raises:
+        InputError: there is none, or not the wanted one.
+    """
+    if wanted in ("", prompt) and any(row.reply.strip() for row in rows):
+        return prompt
+    return _column(rows, wanted, SOLUTIONS, f"{source}: has no column of solutions", "solution")
 
 
 def _column(rows: Sequence[Row], wanted: str, known: tuple[str, ...], problem: str, kind: str) -> str:

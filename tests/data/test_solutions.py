@@ -33,16 +33,59 @@ def test_a_think_that_the_template_writes_is_not_imitated(tmp_path):
     assert bare.text == MATH["solution"]  # of the base model's own form, and what it says is not filled in
 
 
+TAGGED = MATH | {"solution": "<think>2 + 3</think>$\\boxed{5}$"}
+
+
+def test_solutions_with_tags_of_their_own_are_not_put_into_others(tmp_path):
+    """The traces of R1 got a second <think> around theirs."""
+    message = error_of(lambda: load(tmp_path, [MATH, TAGGED]))
+    assert message.startswith("config.sft.completion = ") and message.endswith("(row 2); set it to {solution}")
+    for opening, text in (("", TAGGED["solution"]), ("<think>\n", TAGGED["solution"].removeprefix("<think>"))):
+        ((found,), _) = load(tmp_path, [TAGGED], opening, completion="{solution}")
+        assert found.text == text
+
+
 def test_tags_of_a_reasoning_that_the_template_has_closed_are_refused(tmp_path):
     """Qwen3 without thinking writes an empty block, after which a stray </think> was imitated."""
     opening = "<think>\n\n</think>\n\n"
     plain = "{solution}\n<answer>{answer}</answer>"
     ((found,), _) = load(tmp_path, [MATH], opening, completion=plain)
     assert found.text == f"{MATH['solution']}\n<answer>5</answer>"
-    for row, sft in ((MATH, {}), (MATH | {"solution": "<think>2 + 3</think>$\\boxed{5}$"}, {"completion": plain})):
+    for row, sft in ((MATH, {}), (TAGGED, {"completion": plain})):
         message = error_of(lambda: load(tmp_path, [row], opening, **sft))  # noqa: B023
         assert message.startswith("config.sft.completion = ") and "\n" not in message
         assert "the chat template closes the reasoning before a reply (<think> </think>)" in message
+
+
+CHAT = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is \\boxed{5}"}]
+SHARED = [{"from": "human", "value": "What is 2 + 3?"}, {"from": "gpt", "value": "It is \\boxed{5}"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "sft", "name"),
+    [
+        ({"messages": CHAT}, {}, "messages"),
+        ({"conversations": SHARED}, {}, "conversations"),
+        ({"messages": CHAT, "answer": "5"}, {}, "messages"),  # the bare answer was imitated
+        ({"messages": CHAT, "answer": "5"}, {"solution_column": "messages"}, "messages"),
+        ({"problem": "What is 2 + 3?", "answer": "5", "messages": CHAT}, {"solution_column": "messages"}, "messages"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:], "answer": "5"}, {}, "completion"),  # as TRL's SFT takes them
+    ],
+)
+def test_the_replies_of_chats_are_solutions(tmp_path, row, sft, name):
+    ((found,), notes) = load(tmp_path, [row], **sft)
+    assert found.text == "<think>\nIt is \\boxed{5}\n</think>\n<answer>5</answer>"
+    assert found.row.question == "What is 2 + 3?" and f"solution from {name!r}" in notes[0][1]
+
+
+def test_chats_without_a_reply_are_counted(tmp_path):
+    rows = [{"messages": CHAT, "answer": "5"}, {"messages": CHAT[:1], "answer": "5"}]
+    ((found,), notes) = load(tmp_path, rows, completion="{solution}")
+    assert found.text == "It is \\boxed{5}" and ("problems without a solution", "1 of 2, left out") in notes
+    ((found,), _) = load(
+        tmp_path, [{"messages": CHAT, "output": "as named"}], solution_column="output", completion="{solution}"
+    )
+    assert found.text == "as named"
 
 
 def test_rows_without_a_solution_or_a_draft_are_counted(tmp_path):
