@@ -308,6 +308,7 @@ def test_a_scaling_that_was_added_to_newer_files_is_refused_by_name(copy, kind):
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types = 'chunked_attention'"),
         ({"model_type": "llama", "sliding_window": 4096}, "sliding_window = 4096"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias = True"),
+        ({"is_causal": False}, "is_causal = False"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config of method = 'fp8'"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True"),
