@@ -70,6 +70,7 @@ class Setting:
     drafts: int  # N
     refinements: int  # G
     scale: str  # as algorithm.scale_rewards
+    selection: str = "best"  # as algorithm.draft_selection
 
 
 @dataclass(frozen=True)
@@ -320,8 +321,8 @@ def _needed(figures: Mapping[str, Estimate], setting: Setting) -> list[str]:
         return []
     known = cosine is not None and cosine.is_known and cosine.value > 0
     transfer = cosine.value if cosine is not None and known else 1.0
-    sizes = (setting.drafts, setting.refinements, setting.scale)
-    least, _ = draft_signal.repair_range(p.value, r.value, *sizes, transfer=transfer)
+    sizes = (setting.drafts, setting.refinements, setting.scale, transfer, setting.selection)
+    least, _ = draft_signal.repair_range(p.value, r.value, *sizes)
     where = f"at p = {_number(p.value)}, r = {_number(r.value)}"
     where += f" and the cosine {_number(transfer)}" if known else ""
     if math.isnan(float(least)):

@@ -152,6 +152,7 @@ def snr_ratio(
     refinements: int,
     scale: str = "group",
     transfer: float = 1.0,
+    selection: str = "best",
 ) -> np.ndarray:
     """Returns SNR^2 of iGRPO (N + G) over that of GRPO with as many samples; the arguments are those of `igrpo_counts`.
 
@@ -161,7 +162,7 @@ def snr_ratio(
         transfer: cosine between the mean gradient on q' and that on the plain prompt. Only the component along the
             latter counts, so the ratio is multiplied by its square.
     """
-    refined = signal(igrpo_counts(success, after_right, after_wrong, drafts, refinements), scale)
+    refined = signal(igrpo_counts(success, after_right, after_wrong, drafts, refinements, selection), scale)
     return transfer**2 * refined.snr_squared / signal(right_counts(success, drafts + refinements), scale).snr_squared
 
 
@@ -214,6 +215,7 @@ def repair_range(
     refinements: int,
     scale: str = "group",
     transfer: float = 1.0,
+    selection: str = "best",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the least and the largest w, [...] each, with which `snr_ratio` is at least 1; NaN if there is none.
 
@@ -222,7 +224,7 @@ def repair_range(
     """
     w = np.square(np.linspace(0, 1, 4001))
     p, r = (np.asarray(value, float)[..., None] for value in np.broadcast_arrays(success, after_right))
-    enough = snr_ratio(p, r, w, drafts, refinements, scale, transfer) >= 1
+    enough = snr_ratio(p, r, w, drafts, refinements, scale, transfer, selection) >= 1
     first, last = np.argmax(enough, axis=-1), w.size - 1 - np.argmax(enough[..., ::-1], axis=-1)
     least, largest = (np.where(enough.any(axis=-1), w[index], np.nan) for index in (first, last))
     return least, largest

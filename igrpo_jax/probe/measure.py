@@ -163,7 +163,8 @@ def finish(
     config, algorithm = inputs.config, inputs.config.algorithm
     scale = objectives.resolve(algorithm).scale_rewards
     samples = len(answered[0].plain)
-    setting = Setting(len(answered), samples, algorithm.num_drafts, algorithm.num_generations, scale)
+    sizes = algorithm.num_drafts, algorithm.num_generations
+    setting = Setting(len(answered), samples, *sizes, scale, algorithm.draft_selection)
     figures = all_figures(inputs, answered, measured, scale)
     conclusion = conclude(figures, setting)
     compared = sum(bool(each.sketches) for each in measured)

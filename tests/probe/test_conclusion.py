@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,15 @@ def test_small_numbers_are_not_shown_as_zero():
     assert "nats; so the success with drafts says nothing about that on the plain prompt" in text
     assert "leaves at least" not in text
     assert "of at least 0" not in text and "r = 0 and the cosine 0.004" in text
+
+
+def test_the_least_w_is_that_of_the_draft_that_is_shown():
+    figures = estimate(simulated(0.1, 0.5, 0.3), "group")
+    least = [
+        float(re.search(r"w would have to be at least ([\d.]+);", " ".join(conclude(figures, setting).reasons))[1])
+        for setting in (SETTING, replace(SETTING, selection="random"))
+    ]
+    assert least[1] > least[0] + 0.02
 
 
 def test_the_mean_of_which_few_active_problems_are_surely_seen():

@@ -346,6 +346,17 @@ def test_rare_success_needs_the_least_repair():
     assert np.nanmin((least / p)[r == 1]) > 7 / 3
 
 
+@pytest.mark.parametrize(("selection", "right"), [("random", 0.1), ("first", 0.1), ("worst", 0.1**4)])
+def test_the_ratio_knows_which_draft_is_shown(selection, right):
+    """The least w was always that of the best of N."""
+    refined = right * right_counts(0.7, 4) + (1 - right) * right_counts(0.3, 4)
+    expected = signal(refined).snr_squared / signal(right_counts(0.1, 8)).snr_squared
+    assert snr_ratio(0.1, 0.7, 0.3, 4, 4, selection=selection) == pytest.approx(expected)
+    least, best = (float(draft_signal.repair_range(0.1, 0.5, 4, 4, selection=each)[0]) for each in (selection, "best"))
+    assert least > best
+    assert snr_ratio(0.1, 0.5, least, 4, 4, selection=selection) >= 1
+
+
 def test_transfer_counts_squared():
     assert snr_ratio(0.1, 0.7, 0.3, 4, 4, transfer=0.5) == pytest.approx(snr_ratio(0.1, 0.7, 0.3, 4, 4) / 4)
 
