@@ -65,6 +65,8 @@ class Candidate:
     columns: dict = field(default_factory=dict)  # the data set row's other columns
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [T] int32, EOS included
     sample_id: int = 0  # within its prompt; a custom reward sees the completions of a request in this order
+    stage: str = ""  # as in Completion
+    draft: str | None = None  # text of the draft that its prompt shows, whole; None if it shows none
 
 
 @dataclass(frozen=True)

@@ -323,6 +323,9 @@ def test_the_rewards_of_the_page_on_ones_own_work(tmp_path, monkeypatch):
 
     assert call("short").values == [-0.001, pytest.approx(np.nan, nan_ok=True)]
     assert call("shorter_than_the_others").values == [0.5, -0.5]
+    assert all(np.isnan(value) for value in call("changed").values)
+    rows = [dataclasses.replace(row, stage="refine", draft=" 4\n") for row in rows]
+    assert call("changed").values == [0.0, 1.0]
     judged = call("judged")
     assert (judged.values, judged.logged) == ([1.0, 1.0], {"words": [1.5]})
     assert judged.extra == [{"words": 1}, {"words": 2}]

@@ -164,7 +164,7 @@ class StageRunner:
     def _draft(self, progress: PromptProgress, samples: int) -> None:
         """Queues more drafts of a prompt."""
         scored = functools.partial(self._draft_scored, progress)
-        self._submit(progress, "draft", progress.prompt.tokens, samples, len(progress.drafts), scored)
+        self._submit(progress, "draft", None, samples, len(progress.drafts), scored)
 
     def _draft_scored(self, progress: PromptProgress, draft: Completion) -> None:
         """Records a scored draft. Then asks for the next one, where they come one by one, or moves the prompt on."""
@@ -237,8 +237,8 @@ class StageRunner:
         progress.kept, progress.context = next(iter(progress.contexts.items()))
         scored = functools.partial(self._refinement_scored, progress)
         # The refinements of context number c have the sample ids c G to (c + 1) G - 1; keep_best_refined relies on it.
-        for place, context in enumerate(progress.contexts.values()):
-            self._submit(progress, self._algorithm.second_stage, context, samples, place * samples, scored)
+        for place, shown in enumerate(progress.contexts):
+            self._submit(progress, self._algorithm.second_stage, shown, samples, place * samples, scored)
 
     def _shown(self, progress: PromptProgress) -> list[int | None]:
         """Returns the numbers of the drafts to refine; None stands for the plain prompt."""
@@ -278,19 +278,24 @@ class StageRunner:
         self,
         progress: PromptProgress,
         stage: str,
-        tokens: np.ndarray,
+        shown: int | None,
         samples: int,
         first: int,
         scored: Callable[[Completion], None],
     ) -> None:
-        """Queues samples of one stage; verifications are graded against the verdict on the solution that they see."""
-        prompt = progress.prompt
+        """Queues samples of one stage; verifications are graded against the verdict on the solution that they see.
+
+        Args:
+            shown: number of the draft that their prompt shows; None is the plain prompt.
+            first: number of the first sample.
+        """
+        prompt, draft = progress.prompt, None if shown is None else progress.drafts[shown]
         if stage == "verify":
-            assert progress.kept is not None, "only a prompt with a right and a wrong solution is verified"
-            prompt = replace(prompt, answer=VERDICTS[progress.drafts[progress.kept].score.is_right])
+            assert draft is not None, "only a prompt with a right and a wrong solution is verified"
+            prompt = replace(prompt, answer=VERDICTS[draft.score.is_right])
         self._scheduler.submit(
             Request(
-                tokens=tokens,
+                tokens=prompt.tokens if shown is None else progress.contexts[shown],
                 index=progress.position.random_index(self._count),
                 samples=samples,
                 key=self._keys[stage],
@@ -299,6 +304,7 @@ class StageRunner:
                 first=first,
                 may_follow_up=lambda: progress.context is None or self._algorithm.max_redraws > 0,
                 prompt=prompt,
+                draft=None if draft is None else draft.text,
                 scored=scored,
             )
         )

@@ -147,5 +147,5 @@ def _score_text(completion: Completion) -> str:
         return "not graded"
     if math.isnan(score.reward):
         return "no verdict"
-    parts = [f"{name} {value:g}" for name, value in sorted(score.rewards.items())]
+    parts = [f"{name} {'none' if math.isnan(value) else f'{value:g}'}" for name, value in sorted(score.rewards.items())]
     return f"reward {score.reward:g} ({', '.join(parts)})" if parts else f"reward {score.reward:g}"

@@ -6,11 +6,13 @@ The signature is TRL's (trl/trainer/grpo_trainer.py, `_calculate_rewards`). All 
     completion_ids         the token ids of each completion
     **columns              the other columns of the data set, and the reference answers, if there are any, under their
                            column's name
+    stage, drafts          the stage of the completions, and the draft that the prompt of each shows, None for none
     trainer_state          `global_step` and `max_steps`, for rewards that change during training
     log_metric(name, value), log_extra(column, values)
 
-The first four are lists with one entry per completion; the last three are passed where the function names or
-accepts them. The function returns one number or None per completion, or is async and returns that when it is awaited.
+The first four and `drafts` are lists with one entry per completion. What follows the columns is passed where the
+function names or accepts it; TRL has no `stage` and `drafts`. The function returns one number or None per completion,
+or is async and returns that when it is awaited.
 
 Not here: batches, deadlines, and the repetition of calls that failed (`custom`). No jax.
 """
@@ -36,7 +38,7 @@ from igrpo_jax.schema import objects
 
 # What every function receives, and what it receives where it names or accepts it, whatever columns the data have.
 ALWAYS = ("prompts", "completions", "completion_ids")
-ON_REQUEST = ("trainer_state", "log_metric", "log_extra")
+ON_REQUEST = ("stage", "drafts", "trainer_state", "log_metric", "log_extra")
 LARGEST = 1e18  # of a value; advantages are computed in float32, which the square of 1e19 and more leaves
 
 
@@ -103,7 +105,7 @@ def sources(rewards: Sequence[CustomReward]) -> dict[str, str]:
 
 
 def call(reward: CustomReward, candidates: Sequence[Candidate], state: TrainerState) -> Reply:
-    """Calls the user's function with completions of one prompt. Workers run this.
+    """Calls the user's function with completions of one prompt and stage. Workers run this.
 
     Raises:
         TypeError, ValueError: the function returned no list, or a list of another length.
@@ -113,8 +115,9 @@ def call(reward: CustomReward, candidates: Sequence[Candidate], state: TrainerSt
     log = _Log(len(candidates))
     arguments = _arguments(reward, candidates)
     try:
-        extras = {"trainer_state": state, "log_metric": log.metric, "log_extra": log.column}
-        returned = function(**arguments | _accepted(function, extras))
+        drafts = [None if each.draft is None else _message("assistant", each.draft, reward) for each in candidates]
+        extras = candidates[0].stage, drafts, state, log.metric, log.column
+        returned = function(**arguments | _accepted(function, dict(zip(ON_REQUEST, extras, strict=True))))
         if inspect.isawaitable(returned):
             returned = _event_loop().run_until_complete(returned)
         values = _listed(returned, len(candidates))

@@ -211,7 +211,7 @@ class Verifier:
         Once a problem is learned, most samples of its group are the same text. A failure is not remembered. A worker is
         given only what the outcome may depend on: no columns, and 0 as the number of the sample.
         """
-        candidate = replace(candidate, columns={}, sample_id=0)
+        candidate = replace(candidate, columns={}, sample_id=0, stage="", draft=None)
         read = (candidate.question, candidate.opening, candidate.text, candidate.answer, candidate.tokens.tobytes())
         key = (read, rules is self._rules)
         with self._lock:

@@ -21,8 +21,10 @@ class Request:
     first: int = 0  # number of the first sample
     # Whether its next score may bring more requests, asked whenever one is to come; a dispatch then waits a little.
     may_follow_up: Callable[[], bool] = lambda: False
-    # Where the samples are scored (see `scoring`): the problem, and the callback that gets each scored completion.
+    # Where the samples are scored (see `scoring`): the problem, the text of the draft that `tokens` show, and the
+    # callback that gets each scored completion.
     prompt: Prompt | None = None
+    draft: str | None = None
     scored: Callable[[Completion], None] | None = None
 
     def limit_of(self, number: int) -> int:

@@ -156,6 +156,14 @@ def _completed(sample: Sample, renderer: "Renderer") -> tuple[Completion, Candid
     prompt = request.prompt
     assert prompt is not None, "a request whose samples are scored has a problem"
     candidate = Candidate(
-        text, prompt.answer, renderer.opening, prompt.question, prompt.columns, sample.tokens, sample.sample_id
+        text=text,
+        answer=prompt.answer,
+        opening=renderer.opening,
+        question=prompt.question,
+        columns=prompt.columns,
+        tokens=sample.tokens,
+        sample_id=sample.sample_id,
+        stage=request.stage,
+        draft=request.draft,
     )
     return completion, candidate

@@ -1,13 +1,13 @@
 """What rewards say to made-up answers before a run, and whether the judge's budget is enough for a step."""
 
-import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from igrpo_jax.config import Config
 from igrpo_jax.errors import InputError, one_line
 from igrpo_jax.models.policy import Policy
-from igrpo_jax.records import Candidate, Prompt
+from igrpo_jax.records import VERDICTS, Candidate, Prompt
 from igrpo_jax.rewards import custom, judge, verdicts, verifier
 from igrpo_jax.rewards.format import opens_thinking
 from igrpo_jax.rewards.mathematics import golds
@@ -19,9 +19,9 @@ OTHER_ANSWER = "0"  # what is stated in place of the right answer where there is
 def rehearsed_rewards(
     config: Config, prompts: Sequence[Prompt], policy: Policy, opening: str, steps: int
 ) -> list[tuple[str, str]]:
-    """Calls custom rewards with a right and a wrong answer to each of the first two problems.
+    """Calls custom rewards with a right and a wrong answer to each of the first two problems, in each stage.
 
-    Where the problems have no answers, both are made up.
+    Where the problems have no answers, both are made up. In Stage 2, the prompt shows the wrong one as the draft.
 
     They are called in a worker and within a time limit, as in the run. The limit is that of a batch of the run, because
     the first call imports the user's module.
@@ -42,15 +42,13 @@ def rehearsed_rewards(
         return []
     batches = []
     for prompt in prompts[:2]:
-        answers = (_stated(prompt), WRONG_ANSWER)
-        texts = [_reply(config, prompt, x, opening) for x in answers]
-        row = functools.partial(Candidate, question=prompt.question, columns=prompt.columns)
-        batches.append(
-            [
-                row(text, prompt.answer, opening, tokens=policy.encode_completion(text), sample_id=number)
-                for number, text in enumerate(texts)
-            ]
-        )
+        draft = None
+        if config.algorithm.num_drafts:
+            batches.append(_batch(config, prompt, policy, opening, "draft", None))
+            draft = batches[-1][1].text  # a wrong one
+        if config.algorithm.second_stage == "verify":
+            prompt = replace(prompt, answer=VERDICTS[False])
+        batches.append(_batch(config, prompt, policy, opening, config.algorithm.second_stage, draft))
     timeout = config.rewards.timeout * max(1, config.algorithm.num_generations // 2)
     values = custom.rehearse(rewards, batches, timeout, config.rewards.memory_gib, steps)
     notes = []
@@ -114,6 +112,27 @@ def checked_budget(config: Config) -> list[tuple[str, str]]:
         # A group without verdicts has no signal, so it is drawn again until its redraws are used up.
         note += f", and a step that asks for more than {math.floor(budget / (1 - most))}, by its redraws, stops the run"
     return [("judge", note)]
+
+
+def _batch(
+    config: Config, prompt: Prompt, policy: Policy, opening: str, stage: str, draft: str | None
+) -> list[Candidate]:
+    """Returns a right and a wrong reply to `prompt`, as reward functions see what is sampled in `stage`."""
+    texts = [_reply(config, prompt, answer, opening) for answer in (_stated(prompt), WRONG_ANSWER)]
+    return [
+        Candidate(
+            text=text,
+            answer=prompt.answer,
+            opening=opening,
+            question=prompt.question,
+            columns=prompt.columns,
+            tokens=policy.encode_completion(text),
+            sample_id=number,
+            stage=stage,
+            draft=draft,
+        )
+        for number, text in enumerate(texts)
+    ]
 
 
 def _stated(prompt: Prompt) -> str:

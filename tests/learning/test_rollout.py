@@ -69,7 +69,7 @@ class StubVerifier:
     def __init__(self, status="ok", delay=0.03):
         self._pool, self._status, self._delay = ThreadPoolExecutor(32), status, delay
         self._lock, self.submitted, self.finished, self.openings = threading.Lock(), [], [], set()
-        self.steps, self.counted = [], 0
+        self.steps, self.counted, self.shown = [], 0, []
 
     def start_step(self, step):
         self.steps.append(step)
@@ -83,6 +83,7 @@ class StubVerifier:
     def submit(self, candidate, batch) -> Future:
         text, answer = candidate.text, candidate.answer
         self.submitted.append((text, answer))
+        self.shown.append((text, candidate.draft))
         self.openings.add(candidate.opening)
         return self._pool.submit(self._grade, text, answer, self._delay * (1 + -len(self.submitted) % 8) / 8)
 
@@ -511,6 +512,10 @@ def test_what_a_reward_is_given(collect, prompts):
     sampled = {one.tokens.tobytes() for one in (*groups[0].drafts, *groups[0].completions)}
     assert {candidate.tokens.tobytes() for candidate in seen} == sampled
     assert {(c.question, c.answer, c.columns["level"]) for c in seen} == {(QUESTIONS[0], "0", 3)}
+    group = groups[0]
+    wanted = [("draft", draft.text, None) for draft in group.drafts]
+    wanted += [("refine", one.text, group.drafts[group.kept].text) for one in group.completions]
+    assert sorted((c.stage, c.text, c.draft) for c in seen) == sorted(wanted)
 
 
 @pytest.mark.slow
@@ -899,6 +904,7 @@ def test_solutions_are_verified_where_some_are_right_and_some_wrong(collect, rol
         assert [(x.stage, x.sample_id) for x in group.completions] == [("verify", i) for i in range(G)]
         assert all(x.score.is_right == (x.score.extracted == verdict) for x in group.completions)
         assert {group.reference_answer(x) for x in group.completions} == {verdict}
+        assert {(x.text, shown.text) for x in group.completions} <= set(verifier.shown)
         assert group.prompt.answer == "sum"
         graded += [(x.text, verdict) for x in group.completions]
     assert 0 < len(graded) < G * len(prompts) and {verdict for _, verdict in graded} == {"0", "1"}
@@ -952,6 +958,7 @@ def test_every_draft_can_be_refined(collect, rollout, renderer):
         shown = renderer.with_draft(group.prompt.question, group.drafts[group.kept].tokens)
         np.testing.assert_array_equal(group.context, shown)
         assert [one.sample_id for one in group.completions] == [2 * group.kept, 2 * group.kept + 1]
+        assert {(one.text, group.drafts[group.kept].text) for one in group.completions} <= set(verifier.shown)
     assert [group.kept for group in groups] != [group.kept for group in rollout[0]]
     single, _ = collect(algorithm__num_generations=2)
     assert np.mean([group.rewards for group in groups]) > np.mean([group.rewards for group in single])

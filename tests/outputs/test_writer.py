@@ -117,6 +117,13 @@ def test_a_grading_that_failed_has_no_reward_in_the_rows_and_on_the_console(tmp_
     assert lines.sample_blocks(changed, 0.0)[2][0] == "refinement 1 of 2, no verdict, advantage +0.00"
 
 
+def test_a_reward_without_a_value_is_none_on_the_console(two_groups):
+    """Custom rewards give None for a completion that they say nothing about."""
+    first = replace(two_groups[0].completions[0], score=Score(1.0, {"accuracy": 1.0, "mine": math.nan}, "7", "ok"))
+    changed = replace(two_groups[0], completions=(first, two_groups[0].completions[1]))
+    assert lines.sample_blocks(changed, 0.0)[2][0].startswith("refinement 1 of 2, reward 1 (accuracy 1, mine none)")
+
+
 def test_resume_drops_what_the_resumed_run_writes_again(tmp_path, two_groups):
     advantages = np.zeros((2, 2), np.float32)
     with writers.Writer(tmp_path, run_config()) as writer:

@@ -21,7 +21,7 @@ from igrpo_jax.errors import InputError
 from igrpo_jax.records import Candidate, Score
 from igrpo_jax.rewards import custom as custom_calls
 from igrpo_jax.rewards.custom import Batch, rehearse
-from igrpo_jax.rewards.functions import CustomReward
+from igrpo_jax.rewards.functions import ON_REQUEST, CustomReward
 from igrpo_jax.rewards.rules import total
 from igrpo_jax.rewards.verifier import Verifier, check, custom_rewards
 
@@ -31,7 +31,7 @@ RIGHT = "<think>2+2</think><answer>4</answer>"
 def by_length(prompts, completions, solution, level, completion_ids, **columns):
     """A reward function as users of TRL write it; it gives no value for the question "skip"."""
     assert len(prompts) == len(completions) == len(solution) == len(level) == len(completion_ids)
-    assert set(columns) == {"trainer_state", "log_metric", "log_extra"}
+    assert set(columns) == set(ON_REQUEST)
     assert all(isinstance(ids, list) for ids in completion_ids)
     rows = zip(prompts, completions, solution, level, completion_ids, strict=True)
     return [

@@ -46,6 +46,7 @@ def test_what_a_function_receives_has_trls_names():
     assert received.pop("log_metric") and received.pop("log_extra")
     state = received.pop("trainer_state")
     assert (state.global_step, state.max_steps) == (3, 9)
+    assert (received.pop("stage"), received.pop("drafts")) == ("", [None, None])
     assert received == {
         "prompts": ["2+2?", "2+2?"],
         "completions": ["<answer>4</answer>", "no idea"],
@@ -53,6 +54,21 @@ def test_what_a_function_receives_has_trls_names():
         "level": [5, 5],
         "solution": ["4", "4"],
     }
+
+
+def of_refinements(completions, stage, drafts, **_):
+    received.clear()
+    received.update(stage=stage, drafts=drafts)
+    return [float(text != draft) for text, draft in zip(completions, drafts, strict=True)]
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_a_function_that_asks_for_them_receives_the_stage_and_the_drafts(monkeypatch, conversational):
+    of = lambda row, draft: dataclasses.replace(row, stage="refine", draft=draft)
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", [of(ROWS[0], None), of(ROWS[1], "no idea"), of(ROWS[1], "5")])
+    assert call(of_refinements, conversational=conversational).values == [1.0, 0.0, 1.0]
+    shown = [[{"role": "assistant", "content": text}] if conversational else text for text in ("no idea", "5")]
+    assert received == {"stage": "refine", "drafts": [None, *shown]}
 
 
 def test_without_a_reference_answer_a_function_receives_no_column_of_it(monkeypatch):

@@ -47,7 +47,7 @@ def test_an_answer_is_made_up_where_a_problem_has_none(monkeypatch, answer, stat
     def called(rewards, batches, timeout, memory_gib, max_steps):
         assert max_steps == 4
         shown.extend((each.text, each.answer) for each in batches[0][:1])
-        return [[[1, 0]]]
+        return [[[1, 0]] * len(batches)]
 
     def asked(_, question, answer, text):
         shown.append((text, answer))
@@ -60,3 +60,32 @@ def test_an_answer_is_made_up_where_a_problem_has_none(monkeypatch, answer, stat
     assert rehearsal.rehearsed_rewards(run, [prompt], encodes, "", 4) == [("reward len", note)]
     assert rehearsal.rehearsed_judge(run, prompt, "") == [("reward judge", judged)]
     assert all(f"<answer>{stated}</answer>" in text and given == answer for text, given in shown) and len(shown) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"num_drafts": 4}, [("draft", False, "7"), ("refine", True, "7")]),
+        ({"num_drafts": 0}, [("refine", False, "7")]),
+        (
+            {"num_drafts": 4, "second_stage": "verify", "train_drafts": True, "draft_selection": "first"},
+            [("draft", False, "7"), ("verify", True, "0")],
+        ),
+    ],
+)
+def test_custom_rewards_are_called_in_each_stage(monkeypatch, changes, stages):
+    """A function that fails on a refinement, or on a draft, would do so only in the run. The draft is a wrong one."""
+    called = []
+
+    def rehearse(rewards, batches, *_):
+        called.extend(batches)
+        return [[[1, 0]] * len(batches)]
+
+    monkeypatch.setattr(rehearsal.custom, "rehearse", rehearse)
+    encodes = SimpleNamespace(encode_completion=lambda text: np.zeros(1, np.int32))
+    run = settings(**{"rewards.custom": "builtins:len"} | {f"algorithm.{name}": x for name, x in changes.items()})
+    rehearsal.rehearsed_rewards(run, [Prompt("a", 0, "3 + 4", "7", np.zeros(1, np.int32))], encodes, "", 4)
+    assert [(rows[0].stage, rows[0].draft is not None, rows[0].answer) for rows in called] == stages
+    for (right, wrong), (_, has_draft, stated) in zip(called, stages, strict=True):
+        assert f"<answer>{stated}</answer>" in right.text and rehearsal.WRONG_ANSWER in wrong.text
+        assert right.draft == wrong.draft and (not has_draft or rehearsal.WRONG_ANSWER in right.draft)
