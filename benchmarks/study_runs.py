@@ -160,7 +160,7 @@ def _group(step: int, rows: Sequence[dict]) -> GroupRow:
     right = None if parent is None else drafts[parent]["rewards"]["accuracy"] >= 1
     same = None if parent is None else [same_answer(drafts[parent]["extracted"], row["extracted"]) for row in trained]
     same_fraction = None if same is None else float(np.mean(same))
-    # The files have no advantages of drafts, so that these are told by their rewards.
+    # The files of the study have no advantages of drafts, so that these are told by their rewards.
     differs = any(row["advantage"] for row in refined) if refined else len({row["reward"] for row in rows} - {None}) > 1
     draft_tokens, tokens = (sum(row["token_count"] for row in part) for part in (drafts.values(), refined))
     return GroupRow(step, len(rows), draft_tokens, tokens, right, same_fraction, equal=not differs)

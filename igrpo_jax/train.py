@@ -116,11 +116,11 @@ def train_step(run: Run, state: TrainState, step: int) -> StepResult:
             groups, sampled = run.rollout.collect(learner.rollout_params(state.params), step, prompts)
         if is_first:
             run.compile_rest()
-        advantages, draft_advantages = credit.advantages(groups, run.config)
+        advantages = credit.advantages(groups, run.config)
         with watchdog.phase("update", name), watchdog.phase("dispatch"):
             checked = diagnostics.rescored_metrics(learner, state.params, groups) if run.shows_samples(step) else {}
             updating = time.perf_counter()
-            state, learned = learner.update(state, groups, advantages, step, draft_advantages)
+            state, learned = learner.update(state, groups, advantages.refinements, step, advantages.drafts)
             ended = time.perf_counter()
     if is_first:
         compiled = []  # the first step of a launch compiles the run's programs, which do not count as recompilations

@@ -120,6 +120,7 @@ def test_a_step_samples_scores_and_updates(monkeypatch, tmp_path):
     assert sampled == ("old, cast", 7, (7,), (7, 2)) and compiled == "compiled" and updated == (before, groups, 7)
     assert refinements == [pytest.approx([7 / 6, -5 / 6], rel=1e-3)]
     assert of_drafts == [pytest.approx([-5 / 6, 1 / 2], rel=1e-3)]
+    assert [[own.tolist() for own in stage] for stage in result.advantages] == told[3]
     assert result.state is after and result.groups is groups and "rescored" not in result.metrics
     assert (result.metrics["refine/reward_change"], result.metrics["reward_std"]) == (0.25, pytest.approx(0.75))
     assert result.metrics["perf/tokens_per_second"] == pytest.approx(6 / result.metrics["perf/step_time"])

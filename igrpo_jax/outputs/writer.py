@@ -98,13 +98,20 @@ class Writer:
                 tracker.write(self.rows, row)
         self.rows += 1
 
-    def samples(self, step: int, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> None:
+    def samples(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantages: Sequence[np.ndarray],
+        draft_advantages: Sequence[np.ndarray] = (),
+    ) -> None:
         """Writes `samples/step_000123.jsonl`, with one row per draft and completion.
 
         Trackers get the first group that has completions.
 
         Args:
             advantages: advantages of the completions of each group, [G] float32.
+            draft_advantages: those of the drafts of each group, [N] float32, if drafts are trained on.
 
         Raises:
             RunError: the file cannot be written.
@@ -112,7 +119,7 @@ class Writer:
         if self._file is None:
             return
         path = self._samples / f"step_{step:06d}.jsonl"
-        write_rows(path, (row for row, _, _ in _sample_rows(groups, advantages)))
+        write_rows(path, (row for row, _, _ in _sample_rows(groups, advantages, draft_advantages)))
         with writing(path):
             first = next((i for i, group in enumerate(groups) if group.completions), None)
             if first is None:
@@ -120,7 +127,13 @@ class Writer:
             for tracker in self._trackers:
                 tracker.sample(step, lines.sample_blocks(groups[first], float(advantages[first][0])))
 
-    def nonfinite(self, step: int, groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> Path:
+    def nonfinite(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantages: Sequence[np.ndarray],
+        draft_advantages: Sequence[np.ndarray] = (),
+    ) -> Path:
         """Writes the batch of a step whose update was skipped to `nonfinite/step_000123.jsonl`, and returns that file.
 
         The rows are those of `samples`, each with the tokens of its context, its own tokens and the sampler's log-probs
@@ -128,6 +141,7 @@ class Writer:
 
         Args:
             advantages: advantages of the completions of each group, [G] float32.
+            draft_advantages: those of the drafts of each group, [N] float32, if drafts are trained on.
 
         Raises:
             RunError: the file cannot be written.
@@ -136,7 +150,7 @@ class Writer:
         if self._file is None:
             return file
         rows = []
-        for row, group, completion in _sample_rows(groups, advantages):
+        for row, group, completion in _sample_rows(groups, advantages, draft_advantages):
             context = group.prompt.tokens if completion.stage == "draft" else group.context
             row |= {"context": context.tolist(), "tokens": completion.tokens.tolist()}
             rows.append(row | {"logprobs": [number(value) for value in completion.logprobs]})
@@ -165,11 +179,14 @@ class Writer:
                     stack.callback(output.close)
 
 
-def _sample_rows(groups: Sequence[Group], advantages: Sequence[np.ndarray]) -> Iterator[tuple[dict, Group, Completion]]:
+def _sample_rows(
+    groups: Sequence[Group], advantages: Sequence[np.ndarray], draft_advantages: Sequence[np.ndarray]
+) -> Iterator[tuple[dict, Group, Completion]]:
     """Yields a row for each draft and each completion, with its group and the completion itself."""
-    for group, group_advantages in zip(groups, advantages, strict=True):
-        for draft in group.drafts:
-            yield _sample_row(group, draft, None, None), group, draft
+    drafted = draft_advantages or [np.full(len(group.drafts), np.nan) for group in groups]
+    for group, group_advantages, of_drafts in zip(groups, advantages, drafted, strict=True):
+        for draft, advantage in zip(group.drafts, of_drafts, strict=True):
+            yield _sample_row(group, draft, None, number(advantage)), group, draft
         parent = None if group.kept is None else group.drafts[group.kept].sample_id
         for completion, advantage in zip(group.completions, group_advantages, strict=True):
             yield _sample_row(group, completion, parent, number(advantage)), group, completion

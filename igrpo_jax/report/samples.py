@@ -194,7 +194,7 @@ def _count(prompt: Row, counts: Counts, by_drafts: bool) -> int:
     counts.flagged.update(name for bit, name in enumerate(FLAGS) if flags >> bit & 1)
     trained = [sample for sample in prompt["completions"] if sample["advantage"] is not None]
     is_equal = bool(trained) and not any(sample["advantage"] for sample in trained)
-    if by_drafts:  # advantages of drafts are not written
+    if by_drafts:  # old runs have no advantages of drafts
         trained = [sample for sample in prompt["drafts"] if sample["reward"] is not None]
         is_equal = len({sample["reward"] for sample in trained}) < 2
     if is_equal:

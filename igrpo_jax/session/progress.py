@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from igrpo_jax.errors import RunError
+from igrpo_jax.learning.credit import Advantages
 from igrpo_jax.outputs.console import Console
 from igrpo_jax.outputs.writer import Writer
 from igrpo_jax.records import Group
@@ -66,7 +65,7 @@ def check_finite(
     step: int,
     skipped_optimizer_steps: int,
     groups: Sequence[Group],
-    advantages: Sequence[np.ndarray],
+    advantages: Advantages,
     progress: Progress,
     most_in_a_row: int,
     writer: Writer,
@@ -82,7 +81,7 @@ def check_finite(
     """
     if not progress.count_skipped(skipped_optimizer_steps):
         return
-    kept = writer.nonfinite(step, groups, advantages)
+    kept = writer.nonfinite(step, groups, *advantages)
     console.message(f"step {step}: loss or gradient is not finite: nothing changed; its batch is in {kept}")
     in_a_row = progress.skipped_in_a_row
     if in_a_row >= most_in_a_row:

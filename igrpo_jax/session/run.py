@@ -19,6 +19,7 @@ from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.errors import named
 from igrpo_jax.evaluation import results, summaries
 from igrpo_jax.evaluation.evaluator import Evaluator
+from igrpo_jax.learning.credit import Advantages
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.rollout import Rollout
 from igrpo_jax.learning.train_state import TrainState
@@ -46,7 +47,7 @@ class StepResult(NamedTuple):
 
     state: TrainState
     groups: list[Group]  # one per prompt
-    advantages: list[np.ndarray]  # of the refinements of each group, [G] float32
+    advantages: Advantages
     metrics: dict[str, float]
     compiled: list[str]  # programs that were compiled during the step, as "kind shape"; none of a launch's first step
 
@@ -89,13 +90,14 @@ class Run:
         if step == 1:
             self.checkpointer.wait()  # for step 0: a folder with samples but no checkpoint is taken for damaged
         self.writer.write(step, metrics)
-        self.writer.samples(step, groups, advantages)
+        self.writer.samples(step, groups, *advantages)
         skipped, most = round(result.metrics["nonfinite_steps"]), self.config.learner.max_nonfinite_steps
         check_finite(step, skipped, groups, advantages, self.progress, most, self.writer, self.console)
         self.console.step(step, metrics)
         if self.shows_samples(step) and any(group.completions for group in groups):
-            best = max(range(len(groups)), key=lambda i: np.abs(advantages[i]).max(initial=-1))
-            self.console.sample(groups[best], advantages[best])
+            refined = advantages.refinements
+            best = max(range(len(groups)), key=lambda i: np.abs(refined[i]).max(initial=-1))
+            self.console.sample(groups[best], refined[best])
 
     def reported(self, step: int) -> dict[str, float]:
         """Returns the metrics of a step that an earlier launch reported; none where its row is lost."""

@@ -26,6 +26,7 @@ from igrpo_jax.distributed.preemption import Preempted
 from igrpo_jax.distributed.programs import peak_memory, showing_waits
 from igrpo_jax.errors import InputError
 from igrpo_jax.learning import supervised
+from igrpo_jax.learning.credit import Advantages
 from igrpo_jax.learning.learner import Learner
 from igrpo_jax.learning.programs import LearnerPrograms
 from igrpo_jax.learning.supervised import Example, ExampleDraft
@@ -233,9 +234,9 @@ def _step(
     config, began = inputs.config, time.perf_counter()
     indices = order.step_indices(step - 1, config.prompts_per_step, len(inputs.examples), config.seed)
     made = supervised.groups(config, [inputs.examples[i] for i in indices], inputs.renderer, step)
-    advantages = [np.ones(1, np.float32)] * len(made)
+    advantages = Advantages([np.ones(1, np.float32)] * len(made), [])
     with watchdog.phase("update", f"step {step}"), watchdog.phase("dispatch"):
-        state, learned = learner.update(state, made, advantages, step)
+        state, learned = learner.update(state, made, advantages.refinements, step)
     row: dict[str, Any] = supervised.metrics(learned, made)
     row |= {"perf/step_time": time.perf_counter() - began, "perf/wall_time": time.time(), **peak_memory()}
     writer.write(step, row)

@@ -69,6 +69,10 @@ def test_sample_rows(tmp_path, two_groups):
     assert [row["stage"] for row in rows] == ["draft", "draft", "refine", "refine", "refine", "refine"]
     assert [row["parent_draft_id"] for row in rows] == [None, None, 0, 0, None, None]
     assert [row["advantage"] for row in rows] == [None, None, 0.5, -0.5, 1.0, -1.0]
+    with writers.Writer(tmp_path, run_config()) as writer:
+        writer.samples(124, groups, [np.array([0.5, -0.5])] * 2, [np.array([0.25, -0.25]), np.zeros(0)])
+    trained = rows_of(tmp_path / "samples" / "step_000124.jsonl")
+    assert [row["advantage"] for row in trained] == [0.25, -0.25, 0.5, -0.5, 0.5, -0.5]
     assert rows[2]["rewards"] == {"accuracy": 1.0, "format": 1.0} and rows[2]["token_count"] == 3
     assert [row["reward"] for row in rows] == [2.0, 1.0, 2.0, 0.0, 1.0, 0.0] and rows[0]["status"] == "ok"
     assert rows[3]["finished"] is False and rows[0]["answer"] == "7" and rows[0]["prompt"] == "3 + 4"
