@@ -307,9 +307,9 @@ def fit(
     Each row comes with its encoded question ([L] int32).
 
     Raises:
-        InputError: all of them are longer.
+        InputError: all of them are longer, or a question cannot be encoded.
     """
-    encoded = [(row, np.asarray(encode(row.question), np.int32)) for row in rows]
+    encoded = [(row, encoded_question(row, encode)) for row in rows]
     kept = [(row, tokens) for row, tokens in encoded if len(tokens) <= max_length]
     if not kept:
         raise InputError(
@@ -317,6 +317,14 @@ def fit(
             f"{min(len(tokens) for _, tokens in encoded)} tokens, raise it to at least that"
         )
     return kept, len(rows) - len(kept)
+
+
+def encoded_question(row: Row, encode: Callable[[str], Iterable[int]]) -> np.ndarray:
+    """Returns the question as `encode` gives it, [L] int32; an InputError of it names the row."""
+    try:
+        return np.asarray(encode(row.question), np.int32)
+    except InputError as error:
+        raise InputError(f"problem {row.id}: {error}") from error
 
 
 def _check_not_empty(table: Table, source: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from igrpo_jax.config import Config
 from igrpo_jax.data.catalog import samples_of, subject_of
-from igrpo_jax.data.problems import Row
+from igrpo_jax.data.problems import Row, encoded_question
 from igrpo_jax.data.prompts import Renderer
 from igrpo_jax.errors import InputError
 from igrpo_jax.evaluation import measures
@@ -77,11 +77,11 @@ def make_plan(config: Config, rows: dict[str, list[Row]], renderer: Renderer, ma
         max_positions: tokens of the longest sequence that the model takes.
 
     Raises:
-        InputError: a prompt leaves no position of the model for an answer.
+        InputError: a prompt leaves no position of the model for an answer, or cannot be encoded.
     """
     prompts = {
         name: [
-            Prompt(row.id, row.index, row.question, row.answer, renderer.plain(row.question), row.columns)
+            Prompt(row.id, row.index, row.question, row.answer, encoded_question(row, renderer.plain), row.columns)
             for row in benchmark
         ]
         for name, benchmark in rows.items()

@@ -655,3 +655,16 @@ def test_long_prompts_are_skipped_and_counted(tmp_path):
     ]
     message = error_of(problems.fit, rows, lambda text: [0] * len(text), 2)
     assert message.startswith("config.data.max_prompt_length = 2: all 4 prompts are longer; the shortest has 3 tokens")
+
+
+def test_a_question_that_cannot_be_encoded_is_named(tmp_path):
+    """Such as one that the model's chat template changes."""
+    file = write(tmp_path / "x.jsonl", [{"id": f"p{n}", "prompt": "a" * n, "answer": "1"} for n in (3, 5)])
+
+    def encode(text):
+        if len(text) > 3:
+            raise InputError("config.model.path: its chat template changes it")
+        return [0]
+
+    message = error_of(problems.fit, load(file, "prompt", "answer"), encode, 9)
+    assert message == "problem p5: config.model.path: its chat template changes it"
