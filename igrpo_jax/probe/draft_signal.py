@@ -166,29 +166,18 @@ def snr_ratio(
     return transfer**2 * refined.snr_squared / signal(right_counts(success, drafts + refinements), scale).snr_squared
 
 
-def rare_ratio(times: ArrayLike, after_right: ArrayLike, drafts: int, refinements: int, scale: str) -> np.ndarray:
-    """Returns the limit of `snr_ratio` where p goes to 0 and w = times * p.
-
-    To first order in p a right draft is kept with probability N p, a group after a wrong draft holds one right
-    completion with probability G w, and GRPO's SNR^2 is (N + G - 1) p. For "batch" and "none" the limit is
-    (G - 1) (N r (1 - r) + times) / (N + G - 1).
-    """
-    single = np.eye(refinements + 1)[1] * refinements
-    per_success = drafts * right_counts(after_right, refinements) + np.asarray(times, float)[..., None] * single
-    scale = "none" if scale == "batch" else scale  # a common divisor does not change the SNR
-    return signal(per_success, scale).snr_squared / (drafts + refinements - 1)
-
-
 def largest_signal(size: int, scale: str = "group") -> float:
     """Returns the largest SNR^2 of a group of `size`, whatever the context: that of a success of one half."""
     return float(signal(right_counts(0.5, size), scale).snr_squared)
 
 
 def rare_bound(times: ArrayLike, drafts: int, refinements: int, scale: str) -> np.ndarray:
-    """Returns what `rare_ratio` cannot exceed, whatever r is: (N S + (G - 1) times) / (N + G - 1), S = largest_signal.
+    """Returns what `snr_ratio` cannot exceed, whatever r is, where p goes to 0 and w = times * p.
 
-    SNR^2 is c^2 / q of averages c and q, and so convex: that of a mixture is at most the mixture of the SNR^2. That of
-    a group with success w is at most (G - 1) w (1 - w), by the inequality of Cauchy and Schwarz.
+    It is (N S + (G - 1) times) / (N + G - 1) with S = `largest_signal`. To first order in p a right draft is kept with
+    probability N p, a group after a wrong draft holds one right completion with probability G w, and GRPO's SNR^2 is
+    (N + G - 1) p. SNR^2 is c^2 / q of averages c and q, and so convex: that of a mixture is at most the mixture of the
+    SNR^2. That of a group with success w is at most (G - 1) w (1 - w), by the inequality of Cauchy and Schwarz.
     """
     best = drafts * largest_signal(refinements, scale)
     return (best + (refinements - 1) * np.asarray(times, float)) / (drafts + refinements - 1)
